@@ -1,0 +1,33 @@
+// y = x * W^T (+ residual). W in any Format.
+//
+// Reference: f32 activations, double accumulator. Fast CPU paths, chosen once at start (cpu_features.h):
+//   unquantised formats  panels of rows unpacked to f32, then a dense product (tokens small: dot products)
+//   kQ4, kQ8             activations rounded to int8 per block of 32 columns (linear_quantize), exact integer
+//                        dot products, the grid's offset folded in through the activation sums
+// The fast path of kQ4/kQ8 runs in two steps with a barrier between: linear_quantize on all threads, then linear.
+#pragma once
+#include <cstddef>
+
+#include "kernels/types.h"
+
+namespace q4s {
+
+struct LinearArgs {
+  const float* x;         // (T, K)
+  WeightView w;           // (N, K)
+  const float* residual;  // (T, N) or null; may be y
+  float* y;               // (T, N)
+  int64_t tokens;
+  std::byte* scratch;     // linear_scratch_bytes(w, T, threads), 64-aligned; unused by the reference
+};
+
+void linear_cpu(const LinearArgs&, Part = {});  // the definition
+
+size_t linear_scratch_bytes(const WeightView&, int64_t tokens, int threads);
+void linear_quantize(const LinearArgs&, Part = {});  // no-op unless linear() of this format reads int8 activations
+void linear(const LinearArgs&, Part = {});
+
+// Rows [begin, end) of w as f32: out (end-begin, k). The exact values every path computes with.
+void dequantize_rows(const WeightView&, int64_t begin, int64_t end, float* out);
+
+}  // namespace q4s

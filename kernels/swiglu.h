@@ -1,0 +1,14 @@
+// y[t,i] = silu(x[t,i]) * x[t,F+i], silu(a) = a / (1 + exp(-a)); x is the stacked gate|up product.
+#pragma once
+#include "kernels/types.h"
+
+namespace q4s {
+
+struct SwigluArgs {
+  const float* x;  // (T, 2F)
+  float* y;        // (T, F)
+  int64_t tokens, hidden;
+};
+void swiglu_cpu(const SwigluArgs&, Part = {});
+
+}  // namespace q4s
