@@ -1,0 +1,78 @@
+// Runs a model: KV cache of several sequences, prefill in chunks, decoding steps. Two graphs (one token a sequence;
+// a chunk of tokens) share one arena; nothing is allocated per token.
+#pragma once
+#include <functional>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "models/llama.h"
+#include "runtime/backend.h"
+
+namespace q4s {
+
+struct SessionOptions {
+  int64_t ctx = 0;            // positions a sequence can hold; 0: the smaller of 4096 and the model's
+  int sequences = 1;
+  int64_t chunk = 512;        // tokens of a prefill step
+  KvType kv = KvType::kF16;   // default_kv() unless asked otherwise
+};
+
+// f32 for unquantised models on the CPU (the reference), else f16.
+KvType default_kv(const LlamaModel&, const Backend&);
+
+// Bytes, computed before anything is taken.
+struct MemoryPlan {
+  size_t weights = 0, kv = 0, arena = 0, scratch = 0;
+  size_t total() const { return weights + kv + arena + scratch; }
+};
+
+struct TokenAt {
+  int32_t token, sequence, position;
+};
+
+class Session {
+ public:
+  // Loads the weights into the backend and takes the memory. model and backend must outlive the session.
+  // Throws Error(kUsage) for a context beyond the model's, Error(kResource) with the plan where memory is short.
+  Session(LlamaModel& model, Backend& backend, SessionOptions options);
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  int64_t ctx() const { return options_.ctx; }
+  int64_t length(int sequence = 0) const { return lengths_.at(sequence); }
+  void truncate(int sequence, int64_t length);  // forgets what lies beyond
+  const MemoryPlan& memory() const { return memory_; }
+
+  // Feeds tokens to the end of a sequence; returns the logits (V) after the last one, valid until the next call.
+  // Throws Error(kUsage) with both numbers where they do not fit the context; Error(kRuntime) naming the position
+  // where logits are not finite.
+  std::span<const float> feed(std::span<const int32_t> tokens, int sequence = 0);
+
+  // The same, with the logits of every token from index `first` on: visit(i, logits after tokens[i]), in order.
+  void feed_all(std::span<const int32_t> tokens, int sequence, int64_t first,
+                const std::function<void(int64_t, std::span<const float>)>& visit);
+
+  // One token for each of several distinct sequences, appended to each. Returns logits (n, V), row i for item i,
+  // valid until the next call.
+  std::span<const float> step(std::span<const std::pair<int, int32_t>> sequence_and_token);
+
+ private:
+  struct Plan;
+  std::span<const float> run(Plan&, std::span<const TokenAt>, std::span<const int32_t> wanted);
+
+  LlamaModel& model_;
+  Backend& backend_;
+  SessionOptions options_;
+  MemoryPlan memory_;
+  KvCache kv_;
+  std::unique_ptr<Plan> decode_, prefill_;
+  std::byte* arena_ = nullptr;
+  std::byte* scratch_ = nullptr;
+  std::vector<int64_t> lengths_;
+  std::vector<float> logits_;
+};
+
+}  // namespace q4s
