@@ -3,9 +3,12 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "kernels/rope_kv.h"
+#include "kernels/sample.h"
 #include "runtime/graph.h"
 #include "runtime/thread_pool.h"
 
@@ -28,6 +31,26 @@ struct KvCache {
 // Called before each node on the eager path, with its sources computed. Null in generation.
 using Observer = std::function<void(const Tensor&)>;
 
+// A decoding run that stays on the device: every step draws a token for each row from its logits, puts it where the
+// next step reads it, and advances the positions.
+struct DecodeLoop {
+  const Graph* graph;
+  Tensor *token, *position;                // (T) inputs of graph; already written for the first step
+  Tensor* logits;                          // (T, V) of graph: one row a token
+  int64_t rows;                            // T
+  int64_t reach;                           // every position of the first step is below it
+  int64_t steps;                           // how many to take at most
+  SampleParams params;
+  std::span<const uint64_t> seeds;         // (T)
+  std::span<const int64_t> drawn;          // (T) tokens drawn before: where each row's random stream goes on
+  std::vector<std::vector<int32_t>> last;  // (T) the tokens before the first draw, for the penalties
+};
+// Tokens (T) drawn in step i, in order, some steps behind the device. False ends the run.
+using OnStep = std::function<bool(int64_t i, std::span<const int32_t> tokens)>;
+
+// Bytes done of all; called now and then while weights are loaded.
+using LoadProgress = std::function<void(size_t done, size_t total)>;
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -41,8 +64,19 @@ class Backend {
   virtual void write(std::byte* to, const void* from_host, size_t bytes) = 0;
   virtual void read(void* to_host, const std::byte* from, size_t bytes) = 0;
 
-  // Makes w usable in graphs of this backend; drops its device copy with the Weight.
-  virtual void load(Weight& w) = 0;
+  // Bytes of backend memory that w will take once loaded; 0 where its view is used in place.
+  virtual size_t weight_bytes(const Weight& w) const = 0;
+  // Makes weights usable in graphs of this backend, in one allocation that goes with the last of them.
+  virtual void load(std::span<Weight* const> weights, const LoadProgress& progress = nullptr) = 0;
+  void load(Weight& w) {
+    Weight* const one[] = {&w};
+    load(one);
+  }
+
+  // Bytes per second of the best read-only sweep over memory; measured on the first call.
+  virtual double read_bandwidth() = 0;
+  // Whether generation should build fused graphs.
+  virtual bool fuses() const { return false; }
 
   // Bytes of working memory that running g needs beside its arena.
   virtual size_t scratch_bytes(const Graph& g) = 0;
@@ -50,6 +84,11 @@ class Backend {
   // Throws Error(kRuntime) naming the operation on a device fault.
   virtual void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
                    const Observer* observer = nullptr) = 0;
+
+  // Whether decode() can draw tokens with these settings; elsewhere the caller runs steps and samples on the host.
+  virtual bool decodes(const SampleParams&) const { return false; }
+  // Throws Error(kRuntime) naming the position where logits are not finite.
+  virtual void decode(const DecodeLoop&, const KvCache&, std::byte* scratch, const OnStep&);
 };
 
 std::unique_ptr<Backend> make_cpu_backend(int threads);

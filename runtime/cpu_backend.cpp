@@ -1,10 +1,14 @@
 // The CPU backend: one table of kernels, one row an operation; every thread walks all nodes with a barrier after each.
+#include <cassert>
+#include <chrono>
 #include <cstring>
 #include <new>
+#include <numeric>
 
 #include "kernels/attention.h"
 #include "kernels/embed.h"
 #include "kernels/linear.h"
+#include "kernels/random_weight.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rotate.h"
 #include "kernels/swiglu.h"
@@ -36,6 +40,7 @@ void run_rms_norm(Tensor& t, const Step& s, Part p) {
 }
 
 void run_linear(Tensor& t, const Step& s, Part p) {
+  assert(!t.gain && t.epilogue == Epilogue::kNone);  // this backend asks for no fused graphs
   const LinearArgs args{t.src[0]->f32(), t.weight->view, t.src[1] ? t.src[1]->f32() : nullptr, t.f32(),
                         s.counts.of(t.rows), s.scratch};
   if (t.weight->view.format == Format::kQ4 || t.weight->view.format == Format::kQ8) {
@@ -87,7 +92,46 @@ class CpuBackend final : public Backend {
   void release(std::byte* p) override { ::operator delete(p, std::align_val_t{4096}); }
   void write(std::byte* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void read(void* to, const std::byte* from, size_t bytes) override { std::memcpy(to, from, bytes); }
-  void load(Weight&) override {}
+  size_t weight_bytes(const Weight& w) const override { return w.random ? size_t(w.read_bytes()) : 0; }
+
+  // Views are used in place; random weights get storage.
+  void load(std::span<Weight* const> weights, const LoadProgress&) override {
+    for (Weight* w : weights) {
+      WeightView& v = w->view;
+      if (!w->random || v.data) continue;
+      const int64_t stride = row_bytes(v.format, v.k);
+      w->bytes.resize(size_t(v.n * stride));
+      if (v.group) w->scale_bits.resize(size_t(v.n * v.groups()));
+      pool_.parallel_for(v.n, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n)
+          random_row(*w->random, v, n, w->bytes.data() + n * stride,
+                     v.group ? w->scale_bits.data() + n * v.groups() : nullptr);
+      });
+      v.data = w->bytes.data();
+      if (v.group) v.scales = w->scale_bits.data();
+    }
+  }
+
+  // Best of a few passes of all threads over a buffer that no cache holds.
+  double read_bandwidth() override {
+    if (read_bandwidth_ > 0) return read_bandwidth_;
+    constexpr int64_t kWords = int64_t(512) << 20 >> 3;
+    const std::vector<uint64_t> words(kWords, 1);
+    std::vector<uint64_t> sums(size_t(pool_.threads()) * 8);  // a cache line each
+    for (int pass = 0; pass < 4; ++pass) {
+      const auto start = std::chrono::steady_clock::now();
+      pool_.run([&](Part p) {
+        const auto [begin, end] = p.of(kWords, 64);
+        uint64_t lane[8] = {};
+        for (int64_t i = begin; i < end; i += 8)
+          for (int l = 0; l < 8; ++l) lane[l] += words[size_t(i + l)];
+        for (uint64_t v : lane) sums[size_t(p.index) * 8] += v;
+      });
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      read_bandwidth_ = std::max(read_bandwidth_, double(kWords) * 8 / seconds.count());
+    }
+    return std::accumulate(sums.begin(), sums.end(), uint64_t(0)) ? read_bandwidth_ : 0;  // the sums are used
+  }
 
   size_t scratch_bytes(const Graph& g) override {
     size_t most = 0;
@@ -121,9 +165,14 @@ class CpuBackend final : public Backend {
  private:
   static constexpr size_t kSlack = 256;
   ThreadPool pool_;
+  double read_bandwidth_ = 0;
 };
 
 }  // namespace
+
+void Backend::decode(const DecodeLoop&, const KvCache&, std::byte*, const OnStep&) {
+  assert(!"decode() of a backend that does not");
+}
 
 std::unique_ptr<Backend> make_cpu_backend(int threads) { return std::make_unique<CpuBackend>(threads); }
 

@@ -114,6 +114,37 @@ Tensor& Graph::rotate(Tensor& x, const Weight& signs, const Weight& factor, bool
   return t;
 }
 
+Tensor& Graph::norm_linear(Tensor& x, const Weight& gain, float eps, const Weight& w) {
+  require_equal(gain.name, "columns", x.cols, gain.view.k);
+  Tensor& t = linear(x, w);
+  t.gain = &gain;
+  t.eps = eps;
+  return t;
+}
+
+Tensor& Graph::norm_linear_swiglu(Tensor& x, const Weight& gain, float eps, const Weight& gate_up) {
+  require(gate_up.view.n % 2 == 0, gate_up.name, "rows modulo 2", 0, gate_up.view.n % 2);
+  Tensor& t = norm_linear(x, gain, eps, gate_up);
+  t.name = gate_up.name + ".swiglu";
+  t.cols = gate_up.view.n / 2;
+  t.epilogue = Epilogue::kSwiglu;
+  return t;
+}
+
+Tensor& Graph::norm_linear_rope_kv(Tensor& x, const Weight& gain, float eps, const Weight& qkv, const Weight& table,
+                                   Tensor& position, Tensor& sequence, HeadShape h) {
+  require_equal(qkv.name, "rows", (h.heads + 2 * h.kv_heads) * h.head_dim, qkv.view.n);
+  require_equal(table.name, "columns", h.head_dim, table.view.k);
+  Tensor& t = norm_linear(x, gain, eps, qkv);
+  t.name = qkv.name + ".rope";
+  t.cols = h.heads * h.head_dim;
+  t.src = {&x, &position, &sequence};
+  t.weight2 = &table;
+  t.head = h;
+  t.epilogue = Epilogue::kRopeKv;
+  return t;
+}
+
 Tensor* Graph::find(std::string_view name) const {
   for (const auto& n : nodes_)
     if (n->name == name) return n.get();

@@ -25,6 +25,13 @@ class Graph {
   Tensor& swiglu(Tensor& gate_up);
   Tensor& rotate(Tensor& x, const Weight& signs, const Weight& factor, bool inverse);
 
+  // Fused forms of rms_norm -> linear -> (nothing | swiglu | rope_kv), for a backend that asks for them
+  // (Backend::fuses). The same result, fewer passes; an observer then sees fewer nodes.
+  Tensor& norm_linear(Tensor& x, const Weight& gain, float eps, const Weight& w);
+  Tensor& norm_linear_swiglu(Tensor& x, const Weight& gain, float eps, const Weight& gate_up);
+  Tensor& norm_linear_rope_kv(Tensor& x, const Weight& gain, float eps, const Weight& qkv, const Weight& table,
+                              Tensor& position, Tensor& sequence, HeadShape);
+
   Counts max() const { return max_; }
   std::span<const std::unique_ptr<Tensor>> nodes() const { return nodes_; }  // in order of execution
   Tensor* find(std::string_view name) const;                               // null where there is none

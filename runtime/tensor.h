@@ -20,6 +20,7 @@ enum class Rows : uint8_t { kTokens, kOutputs };
 
 struct Counts {
   int64_t tokens = 0, outputs = 0;
+  int64_t reach = 0;  // every position of the step is below it; 0: unknown, then the cache's ctx
   int64_t of(Rows r) const { return r == Rows::kTokens ? tokens : outputs; }
 };
 
@@ -27,6 +28,9 @@ struct HeadShape {
   int layer = 0;  // which cache layer
   int64_t heads = 0, kv_heads = 0, head_dim = 0;
 };
+
+// What a fused linear does with its product before it is stored.
+enum class Epilogue : uint8_t { kNone, kSwiglu, kRopeKv };
 
 struct Tensor {
   Op op = Op::kInput;
@@ -36,9 +40,11 @@ struct Tensor {
   std::string name;
   std::array<Tensor*, 3> src{};       // activations and positions, in the order of the builder's arguments
   const Weight* weight = nullptr;     // table of embed, gain of rms_norm, matrix of linear, cos/sin of rope_kv
-  const Weight* weight2 = nullptr;    // rotate: signs in weight, factor in weight2
+  const Weight* weight2 = nullptr;    // rotate: signs in weight, factor in weight2; cos/sin of a fused rope_kv
+  const Weight* gain = nullptr;       // fused linear: rms_norm of src[0] first
+  Epilogue epilogue = Epilogue::kNone;  // fused linear; kRopeKv: src is x, position, sequence
   HeadShape head;                     // rope_kv, attention
-  float eps = 0;                      // rms_norm
+  float eps = 0;                      // rms_norm, gain
   bool inverse = false;               // rotate
 
   bool keep = false;                  // result read by the caller: its rows outlive the step
