@@ -1,0 +1,172 @@
+#include "quant/solver.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+
+#include "kernels/dense.h"
+#include "kernels/half.h"
+
+namespace q4s {
+namespace {
+
+constexpr int64_t kRows = 96;  // fixed pieces of work, as in kernels/gptq.cpp
+
+template <class Fn>
+void for_rows(int64_t n, const Team& team, Fn fn) {
+  team([&](Part part) {
+    const Part::Range r = part.of(n, kRows);
+    for (int64_t i = r.begin; i < r.end; i += kRows) fn(i, std::min(kRows, n - i));
+  });
+}
+
+// out (N, K) = in with columns permuted: step i takes column order[i].
+void permute(const float* in, const std::vector<int32_t>& order, int64_t rows, int64_t k, float* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < k; ++i) out[r * k + i] = in[r * k + order[i]];
+}
+
+// w += (alpha w0 D + beta E) H^-1 with H^-1 = U^T U in the order of the factor. False: not finite, w untouched.
+bool add_correction(const LinearProblem& p, const HessianFactor& f, const SolveOptions& o, const Team& team,
+                    std::vector<float>& w) {
+  const int64_t k = p.k;
+  const Transpose no = Transpose::kNo, yes = Transpose::kYes;
+  std::vector<float> change(p.n * k);
+  for_rows(p.n, team, [&](int64_t first, int64_t rows) {
+    std::vector<float> a(rows * k), b(rows * k);
+    if (p.e) std::copy(p.e + first * k, p.e + (first + rows) * k, a.begin());
+    if (p.d) dense_gemm(no, no, rows, k, k, o.alpha, &w[first * k], k, p.d, k, p.e ? o.beta : 0.0f, a.data(), k);
+    if (!p.d) for (float& v : a) v *= o.beta;
+    permute(a.data(), f.order, rows, k, b.data());
+    dense_gemm(no, yes, rows, k, k, 1.0f, b.data(), k, f.u.data(), k, 0.0f, a.data(), k);
+    dense_gemm(no, no, rows, k, k, 1.0f, a.data(), k, f.u.data(), k, 0.0f, b.data(), k);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < k; ++i) change[(first + r) * k + f.order[i]] = b[r * k + i];
+  });
+  if (!std::all_of(change.begin(), change.end(), [](float v) { return std::isfinite(v); })) return false;
+  for (size_t i = 0; i < w.size(); ++i) w[i] += change[i];
+  return true;
+}
+
+void round_plainly(const std::vector<float>& w, const float* weight, bool search, const Levels& levels,
+                   const Team& team, QuantizedLinear& q) {
+  team([&](Part part) {
+    gptq_scales_cpu({w.data(), weight, q.scales.data(), q.n, q.k, q.group, levels, search}, part);
+    gptq_round_cpu({w.data(), q.scales.data(), q.codes.data(), q.n, q.k, q.group, levels}, part);
+  });
+}
+
+// Losses of q, and of plain rounding beside it, against the original weights.
+void measure(const std::vector<float>& w, const HessianFactor& f, const Levels& levels, const Team& team,
+             QuantizedLinear& q) {
+  QuantizedLinear plain{q.n, q.k, q.group, q.grid, {}, {}, {}, 0, 0, {}};
+  plain.codes.resize(q.codes.size());
+  plain.scales.resize(q.scales.size());
+  round_plainly(w, nullptr, false, levels, team, plain);
+  std::vector<float> value(w.size());
+  const auto losses = [&](const QuantizedLinear& r) {
+    for_rows(r.n, team, [&](int64_t first, int64_t rows) { r.dequantize(first, first + rows, &value[first * r.k]); });
+    return row_losses(w.data(), value.data(), f, r.n, team);
+  };
+  const std::vector<RowLoss> rounded = losses(plain);
+  q.rows = losses(q);
+  for (int64_t i = 0; i < q.n; ++i) q.rows[i].rtn_h = rounded[i].error_h;
+}
+
+}  // namespace
+
+QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const SolveOptions& o, const Team& team) {
+  assert(f.k == p.k);
+  const Levels levels = grid_levels(o.grid);
+  QuantizedLinear q;
+  q.n = p.n;
+  q.k = p.k;
+  q.group = o.group == 0 ? p.k : std::min(o.group, p.k);
+  q.grid = o.grid;
+  q.codes.resize(q.n * q.k);
+  q.scales.resize(q.n * q.groups());
+
+  std::vector<float> original(p.w, p.w + p.n * p.k);
+  for (int64_t j = 0; j < p.k; ++j)
+    if (f.dead[j])
+      for (int64_t i = 0; i < p.n; ++i) original[i * p.k + j] = 0.0f;
+  std::vector<float> diagonal(p.k);
+  for (int64_t j = 0; j < p.k; ++j) diagonal[j] = f.h[j * (p.k + 1)];
+
+  if (o.rtn || !f.ok()) {
+    const bool usable = std::all_of(diagonal.begin(), diagonal.end(), [](float v) { return std::isfinite(v) && v > 0; });
+    round_plainly(original, usable ? diagonal.data() : nullptr, o.search, levels, team, q);
+    if (!o.rtn) q.fallback = "the Hessian could not be factored: rounded to nearest";
+    measure(original, f, levels, team, q);
+    return q;
+  }
+
+  std::vector<float> w = original;
+  if ((p.d && o.alpha != 0.0f) || (p.e && o.beta != 0.0f)) {
+    if (!add_correction(p, f, o, team, w)) q.fallback = "the correction towards full precision is not finite: left out";
+  }
+  std::vector<float> work(p.n * p.k);
+  team([&](Part part) {
+    gptq_scales_cpu({w.data(), diagonal.data(), q.scales.data(), q.n, q.k, q.group, levels, o.search}, part);
+  });
+  for_rows(p.n, team, [&](int64_t first, int64_t rows) {
+    permute(&w[first * p.k], f.order, rows, p.k, &work[first * p.k]);
+  });
+  team([&](Part part) {
+    gptq_solve_cpu({work.data(), f.u.data(), f.order.data(), q.scales.data(), q.codes.data(), q.n, q.k, q.group,
+                    levels}, part);
+  });
+  if (o.refine) {
+    const GptqRefineArgs refine{w.data(), f.h.data(), q.scales.data(), q.codes.data(), q.n, q.k, q.group, levels};
+    team([&](Part part) { gptq_sweep_cpu(refine, part); });
+    team([&](Part part) { gptq_refit_cpu(refine, part); });
+    team([&](Part part) { gptq_sweep_cpu(refine, part); });
+    q.sweeps = 2;
+  }
+  q.damp = f.damp;
+  measure(original, f, levels, team, q);
+  return q;
+}
+
+std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFactor& f, int64_t n, const Team& team) {
+  std::vector<RowSums> sums(n);
+  team([&](Part part) { gptq_loss_cpu({w, q, f.h.data(), sums.data(), n, f.k}, part); });
+  std::vector<RowLoss> rows(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const RowSums& s = sums[i];
+    rows[i] = {s.error_h - f.lambda * s.error_2, s.error_h, s.weight_h - f.lambda * s.weight_2, 0.0, s.error_abs,
+               s.error_max};
+  }
+  return rows;
+}
+
+void QuantizedLinear::dequantize(int64_t begin, int64_t end, float* out) const {
+  const Levels levels = grid_levels(grid);
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t g = 0; g < groups(); ++g) {
+      const float scale = half_to_float(scales[i * groups() + g]);
+      for (int64_t j = g * group; j < std::min(k, (g + 1) * group); ++j)
+        *out++ = levels.value(codes[i * k + j], scale);
+    }
+  }
+}
+
+LossSummary summarize(const std::vector<RowLoss>& rows, int64_t k, int64_t row_begin, int64_t row_end) {
+  LossSummary s{};
+  double weight = 0.0, error = 0.0, rtn = 0.0;
+  for (int64_t i = row_begin; i < row_end; ++i) {
+    const RowLoss& r = rows[i];
+    s.loss += 0.5 * r.error_damped;
+    error += r.error_h;
+    rtn += r.rtn_h;
+    weight += r.weight_h;
+    s.error_mean += r.error_abs;
+    s.error_max = std::max(s.error_max, double(r.error_max));
+  }
+  s.relative = weight > 0.0 ? error / weight : 0.0;
+  s.rtn_relative = weight > 0.0 ? rtn / weight : 0.0;
+  if (row_end > row_begin) s.error_mean /= double(row_end - row_begin) * double(k);
+  return s;
+}
+
+}  // namespace q4s

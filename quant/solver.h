@@ -1,0 +1,71 @@
+// One linear: weights and the statistics of its inputs in, codes and scales out. Ties the steps of kernels/gptq.h
+// together; knows no models and no files. Rows are independent, so linears that read the same input are solved
+// stacked, and their losses are sums over ranges of rows.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "quant/factor.h"
+#include "quant/grid.h"
+
+namespace q4s {
+
+struct LinearProblem {
+  const float* w = nullptr;            // (N, K) full-precision weights
+  const float* d = nullptr;            // (K, K) (2/n) sum (x_full - x) x^T, or null
+  const float* e = nullptr;            // (N, K) (2/n) sum (r_full - r) x^T, or null
+  int64_t n = 0, k = 0;
+};
+
+struct SolveOptions {
+  GridKind grid = GridKind::kSigned;
+  int64_t group = 128;   // 0: the whole row
+  bool rtn = false;      // plain rounding: no use of H but for the losses (and for the search where asked)
+  bool search = true;    // scale search weighted with diag(H)
+  bool refine = true;    // sweep, refit, sweep
+  float alpha = 0.5f;    // weight of the correction towards the full-precision inputs (d)
+  float beta = 0.5f;     // weight of the repair of the residual stream (e)
+};
+
+// Of one row, against the original weights; H is undamped.
+struct RowLoss {
+  double error_h, error_damped;  // dw H dw^T, dw (H + lambda I) dw^T
+  double weight_h;               // w H w^T
+  double rtn_h;                  // dw H dw^T of plain rounding with plain scales
+  double error_abs;              // sum |dw|
+  float error_max;               // max |dw|
+};
+
+struct QuantizedLinear {
+  int64_t n = 0, k = 0, group = 0;
+  GridKind grid = GridKind::kSigned;
+  std::vector<uint8_t> codes;    // (N, K) q + offset
+  std::vector<uint16_t> scales;  // (N, G) fp16 bits
+  std::vector<RowLoss> rows;     // (N)
+  double damp = 0;               // damping used; 0 with rtn
+  int sweeps = 0;
+  std::string fallback;          // why it was rounded to nearest though GPTQ was asked for; else empty
+
+  int64_t groups() const { return ceil_div(k, group); }
+  void dequantize(int64_t begin, int64_t end, float* out) const;  // rows [begin, end) -> (end - begin, K)
+};
+
+struct LossSummary {
+  double loss;            // 1/2 tr(dW (H + lambda I) dW^T): the seed's, with H normalised by sequences
+  double relative;        // tr(dW H dW^T) / tr(W H W^T)
+  double rtn_relative;    // the same of plain rounding
+  double error_max, error_mean;
+};
+LossSummary summarize(const std::vector<RowLoss>& rows, int64_t k, int64_t row_begin, int64_t row_end);
+
+// Losses of dequantised weights q (N, K) against w (N, K); rtn_h is left 0.
+std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFactor&, int64_t n, const Team& team);
+
+// The factor may serve several calls (other groups, other grids). If it is not ok(), or the correction is not
+// finite, the result falls back (to plain rounding, to no correction) and says so.
+// Target: W' = W + alpha W D H^-1 + beta E H^-1, a closed form of asymmetric calibration (GPTAQ, arXiv 2504.02692)
+// that repairs the residual stream as well.
+QuantizedLinear solve(const LinearProblem&, const HessianFactor&, const SolveOptions&, const Team&);
+
+}  // namespace q4s
