@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 
+#include "kernels/cuda_stream.h"
 #include "kernels/rope_kv.h"
 
 namespace q4s {
@@ -18,5 +19,6 @@ struct AttentionArgs {
 void attention_cpu(const AttentionArgs&, Part = {});  // the definition: double accumulators
 size_t attention_scratch_bytes(int64_t ctx, int64_t head_dim, int threads);
 void attention(const AttentionArgs&, Part = {});      // online softmax, vectorised
+void attention_reference_cuda(const AttentionArgs&, cudaStream_t);  // any shape with head_dim <= 512
 
 }  // namespace q4s

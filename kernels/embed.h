@@ -1,6 +1,6 @@
 // y[t,:] = table[ids[t],:], unpacked to f32. Also gathers rows of an f32 matrix (the rows whose logits are wanted).
 #pragma once
-#include "kernels/types.h"
+#include "kernels/device_matrix.h"
 
 namespace q4s {
 
@@ -11,5 +11,6 @@ struct EmbedArgs {
   int64_t tokens;
 };
 void embed_cpu(const EmbedArgs&, Part = {});
+void embed_cuda(const DeviceMatrix& table, const int32_t* ids, float* y, int64_t tokens, cudaStream_t);
 
 }  // namespace q4s

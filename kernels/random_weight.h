@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/cuda_stream.h"
 #include "kernels/types.h"
 
 #ifdef __CUDACC__
@@ -49,5 +50,7 @@ Q4S_HOST_DEVICE inline float random_scale(uint64_t seed, Format f, int64_t k, in
 
 // Row n in its storage format: row_bytes(f, k) bytes, and its scales (groups) for kQ4 and kQ8. Not for GGUF formats.
 void random_row(uint64_t seed, const WeightView& w, int64_t n, uint8_t* row, uint16_t* scales);
+// The whole matrix in device memory, in the same order: data n * row_bytes(f, k) bytes, scales (n, groups).
+void random_weight_cuda(uint64_t seed, const WeightView&, uint8_t* data, uint16_t* scales, cudaStream_t);
 
 }  // namespace q4s

@@ -2,6 +2,7 @@
 //   q, k of one head: (a, b) = (x[i], x[i+hd/2])  ->  (a cos - b sin, a sin + b cos), angle from `table`
 // The "half" pairing is that of Hugging Face checkpoints; GGUF's row order is undone when a model is loaded.
 #pragma once
+#include "kernels/cuda_stream.h"
 #include "kernels/types.h"
 
 namespace q4s {
@@ -32,5 +33,6 @@ struct RopeKvArgs {
   int64_t tokens, heads, kv_heads, head_dim;
 };
 void rope_kv_cpu(const RopeKvArgs&, Part = {});
+void rope_kv_cuda(const RopeKvArgs&, cudaStream_t);
 
 }  // namespace q4s

@@ -2,6 +2,7 @@
 //   R = diag(signs) * (H_p (x) M),  D = p * m, p the largest power of two dividing D, M an orthogonal (m, m) matrix,
 //   H_p the Sylvester-Hadamard matrix over sqrt(p). Column index of x is i*m + j, i < p, j < m.
 #pragma once
+#include "kernels/cuda_stream.h"
 #include "kernels/types.h"
 
 namespace q4s {
@@ -15,5 +16,6 @@ struct RotateArgs {
   bool inverse;         // R^T
 };
 void rotate_cpu(const RotateArgs&, Part = {});
+void rotate_cuda(const RotateArgs&, cudaStream_t);  // a row in shared memory: D <= 49152
 
 }  // namespace q4s

@@ -1,5 +1,6 @@
 // y[t,i] = silu(x[t,i]) * x[t,F+i], silu(a) = a / (1 + exp(-a)); x is the stacked gate|up product.
 #pragma once
+#include "kernels/cuda_stream.h"
 #include "kernels/types.h"
 
 namespace q4s {
@@ -10,5 +11,6 @@ struct SwigluArgs {
   int64_t tokens, hidden;
 };
 void swiglu_cpu(const SwigluArgs&, Part = {});
+void swiglu_cuda(const SwigluArgs&, cudaStream_t);
 
 }  // namespace q4s

@@ -1,0 +1,58 @@
+// convert.h: a thread an element.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels/convert.h"
+#include "kernels/pdl.cuh"
+#include "kernels/types.h"
+
+namespace q4s {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void f16_kernel(const float* x, int64_t k, __half* y, int64_t ld) {
+  pdl_trigger();
+  const int64_t j = int64_t(blockIdx.y) * kThreads + threadIdx.x, t = blockIdx.x;
+  pdl_wait();
+  if (j < ld) y[t * ld + j] = __float2half_rn(j < k ? x[t * k + j] : 0);
+}
+
+__global__ void bf16_pair_kernel(const float* x, int64_t k, __nv_bfloat16* high, __nv_bfloat16* low) {
+  pdl_trigger();
+  const int64_t j = int64_t(blockIdx.y) * kThreads + threadIdx.x, t = blockIdx.x;
+  pdl_wait();
+  if (j >= k) return;
+  const float v = x[t * k + j];
+  const __nv_bfloat16 h = __float2bfloat16_rn(v);
+  high[t * k + j] = h;
+  low[t * k + j] = __float2bfloat16_rn(v - __bfloat162float(h));
+}
+
+__global__ void copy_kernel(const float* x, float* y, int64_t count) {
+  pdl_trigger();
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  pdl_wait();
+  if (i < count) y[i] = x[i];
+}
+
+}  // namespace
+
+void copy_cuda(const float* x, float* y, int64_t count, cudaStream_t stream) {
+  if (count == 0) return;
+  launch_pdl(copy_kernel, unsigned(ceil_div(count, kThreads)), kThreads, 0, stream, x, y, count);
+}
+
+void to_f16_cuda(const float* x, int64_t tokens, int64_t k, void* y, int64_t ld, cudaStream_t stream) {
+  if (tokens == 0) return;
+  launch_pdl(f16_kernel, dim3(unsigned(tokens), unsigned(ceil_div(ld, kThreads))), kThreads, 0, stream, x, k,
+             static_cast<__half*>(y), ld);
+}
+
+void to_bf16_pair_cuda(const float* x, int64_t tokens, int64_t k, void* high, void* low, cudaStream_t stream) {
+  if (tokens == 0) return;
+  launch_pdl(bf16_pair_kernel, dim3(unsigned(tokens), unsigned(ceil_div(k, kThreads))), kThreads, 0, stream, x, k,
+             static_cast<__nv_bfloat16*>(high), static_cast<__nv_bfloat16*>(low));
+}
+
+}  // namespace q4s

@@ -1,0 +1,49 @@
+// One element of a weight in device memory as f32: the value that dequantize_rows() gives on the host.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels/device_matrix.h"
+
+namespace q4s {
+
+// Where row n of the file is packed: the inverse of Q4Layout::file_row.
+__device__ __forceinline__ int64_t q4_packed_row(const Q4Layout& l, int64_t n) {
+  if (l.map == RowMap::kPairHalves) {
+    const int64_t half = l.n / 2, i = n < half ? n : n - half;
+    return i / 8 * 16 + i % 8 + (n < half ? 0 : 8);
+  }
+  if (l.map == RowMap::kRope && n < l.rotated) {
+    const int64_t half = l.head_dim / 2, r = n % l.head_dim, i = r < half ? r : r - half;
+    return n - r + i / 8 * 16 + i % 8 + (r < half ? 0 : 8);
+  }
+  return n;
+}
+
+__device__ __forceinline__ float q4_value(const DeviceMatrix& m, int64_t n, int64_t j) {
+  const Q4Layout& l = m.layout;
+  const int64_t p = q4_packed_row(l, n), tile = p / 16 * l.k_tiles() + j / 64;
+  const int r = int(p % 16), c = int(j % 16), lane = r % 8 * 4 + c % 8 / 2;
+  const uint32_t word = reinterpret_cast<const uint32_t*>(m.codes)[(tile * 32 + lane) * 4 + j % 64 / 16];
+  const int nibble = r / 8 + c / 8 * 2 + c % 2 * 4;
+  const float scale = __half2float(__ushort_as_half(m.scales[(p / 16 * l.groups() + j / l.group) * 16 + r]));
+  return scale * (float(word >> nibble * 4 & 15) - (m.view.grid == Grid::kInt ? 8.f : 7.5f));
+}
+
+__device__ __forceinline__ float weight_value(const DeviceMatrix& m, int64_t n, int64_t j) {
+  const WeightView& w = m.view;
+  const int64_t i = n * w.k + j;
+  switch (w.format) {
+    case Format::kF32: return reinterpret_cast<const float*>(w.data)[i];
+    case Format::kF16: return __half2float(reinterpret_cast<const __half*>(w.data)[i]);
+    case Format::kBF16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(w.data)[i]);
+    case Format::kQ8: {
+      const int64_t groups = (w.k + w.group - 1) / w.group;
+      const float scale = __half2float(__ushort_as_half(w.scales[n * groups + j / w.group]));
+      return scale * float(reinterpret_cast<const int8_t*>(w.data)[i]);
+    }
+    default: return q4_value(m, n, j);
+  }
+}
+
+}  // namespace q4s
