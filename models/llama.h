@@ -26,6 +26,9 @@ struct LlamaBlock {
   Weight down;       // (D, F)
 };
 
+// Says which rows of qkv and gate_up meet in one result (runtime/weight.h).
+void set_row_roles(LlamaBlock&, const LlamaConfig&);
+
 struct LlamaWeights {
   Weight embed;       // (V, D)
   std::vector<LlamaBlock> blocks;
@@ -50,9 +53,10 @@ struct Range {
   int64_t first, last;  // blocks [first, last)
 };
 
-// Adds the nodes of a range. embed iff first == 0, head iff last == layers and `with_head`. Fills `in`. Returns the
+// Adds the nodes of a range. embed iff first == 0, head iff last == layers. Fills `in`. Returns the
 // last node, marked keep: logits (R, V) or the residual stream (T, D). Cache layer l of the graph is block first+l.
-Tensor& build_llama(Graph&, const LlamaConfig&, const LlamaWeights&, Inputs& in, Range r, bool with_head = true);
+// fused: for a backend that asks for it (Backend::fuses), when no observer wants to see the inputs of each linear.
+Tensor& build_llama(Graph&, const LlamaConfig&, const LlamaWeights&, Inputs& in, Range r, bool fused = false);
 
 // A model ready to be run or quantised: everything is mapped, nothing unpacked. Opened from a Hugging Face folder,
 // a GGUF file or a .q4s file, recognised by content.
@@ -71,8 +75,9 @@ struct LlamaModel {
 // Throws Error(kInput): missing, extra and misshapen tensors are listed all at once.
 LlamaModel open_llama(const std::string& path);
 
-// Random weights of a shape, int4 groups of `group` with a head of the given format, seeded; no tokenizer.
-LlamaModel random_llama(const LlamaConfig&, uint64_t seed, int64_t group, Format head);
+// Random weights of a shape, seeded: linears kF32, kF16 or kQ4 (groups of `group`), embedding and head likewise or
+// kQ8 (groups of 64). No tokenizer. Throws Error(kUsage) for other formats.
+LlamaModel random_llama(const LlamaConfig&, uint64_t seed, Format linears, int64_t group, Format head);
 
 void fill_rope(LlamaModel&, int64_t ctx);
 

@@ -17,6 +17,7 @@ struct SessionOptions {
   int sequences = 1;
   int64_t chunk = 512;        // tokens of a prefill step
   KvType kv = KvType::kF16;   // default_kv() unless asked otherwise
+  LoadProgress progress = {};    // while weights are brought to the device
 };
 
 // f32 for unquantised models on the CPU (the reference), else f16.
@@ -40,6 +41,8 @@ class Session {
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
+
+  static MemoryPlan plan(LlamaModel&, Backend&, SessionOptions);
 
   int64_t ctx() const { return options_.ctx; }
   int64_t length(int sequence = 0) const { return lengths_.at(sequence); }

@@ -1,0 +1,181 @@
+#include "models/session.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "runtime/error.h"
+
+namespace q4s {
+
+// One graph, bound to the session's arena, with staging for its inputs.
+struct Session::Plan {
+  Graph graph;
+  Inputs in;
+  Tensor* logits;
+  size_t arena;
+  std::vector<int32_t> token, sequence, position, wanted;
+
+  Plan(const LlamaModel& m, const Backend& b, Counts max)
+      : graph(max),
+        logits(&build_llama(graph, m.config, m.weights, in, {0, m.config.layers}, b.fuses())),
+        arena(graph.plan()) {}
+};
+
+namespace {
+
+// Bytes of logits that a prefill step computes at most: feed_all() wants many rows, and a vocabulary is wide.
+constexpr int64_t kMaxLogitBytes = 64 << 20;
+
+SessionOptions complete(const LlamaModel& m, SessionOptions o) {
+  if (o.ctx == 0) o.ctx = std::min<int64_t>(4096, m.config.context);
+  if (o.ctx < 1 || o.ctx > m.config.context)
+    throw Error(ErrorKind::kUsage, "context " + std::to_string(o.ctx) + ": the model allows 1.." +
+                                       std::to_string(m.config.context));
+  if (o.sequences < 1 || o.chunk < 1) throw Error(ErrorKind::kUsage, "sequences and chunk must be at least 1");
+  o.chunk = std::max<int64_t>(std::min(o.chunk, o.ctx), 1);
+  return o;
+}
+
+Counts decode_counts(const SessionOptions& o) { return {o.sequences, o.sequences}; }
+Counts prefill_counts(const LlamaModel& m, const SessionOptions& o) {
+  return {o.chunk, std::clamp<int64_t>(kMaxLogitBytes / (4 * m.config.vocab), 1, o.chunk)};
+}
+
+KvCache cache_of(const LlamaModel& m, const SessionOptions& o) {
+  return {nullptr, o.kv, m.config.layers, o.sequences, o.ctx, m.config.kv_dim()};
+}
+
+std::vector<Weight*> all_weights(LlamaWeights& w) {
+  std::vector<Weight*> all = {&w.embed, &w.final_norm, &w.rope};
+  for (LlamaBlock& blk : w.blocks)
+    for (Weight* x : {&blk.attn_norm, &blk.qkv, &blk.o, &blk.mlp_norm, &blk.gate_up, &blk.down}) all.push_back(x);
+  for (Weight* x : {&w.head, &w.rotation_signs, &w.rotation_factor})
+    if (x->view.n) all.push_back(x);
+  return all;
+}
+
+}  // namespace
+
+KvType default_kv(const LlamaModel& m, const Backend& b) {
+  return b.name() == "cpu" && !m.packed() ? KvType::kF32 : KvType::kF16;
+}
+
+MemoryPlan Session::plan(LlamaModel& m, Backend& b, SessionOptions o) {
+  o = complete(m, o);
+  MemoryPlan p;
+  for (const Weight* w : all_weights(m.weights)) p.weights += b.weight_bytes(*w);
+  p.kv = cache_of(m, o).bytes();
+  for (const Counts c : {decode_counts(o), prefill_counts(m, o)}) {
+    Plan g(m, b, c);
+    p.arena = std::max(p.arena, g.arena);
+    p.scratch = std::max(p.scratch, b.scratch_bytes(g.graph));
+  }
+  return p;
+}
+
+Session::Session(LlamaModel& model, Backend& backend, SessionOptions options)
+    : model_(model), backend_(backend), options_(complete(model, options)), kv_(cache_of(model, options_)),
+      lengths_(size_t(options_.sequences)) {
+  fill_rope(model, options_.ctx);
+  memory_ = plan(model, backend, options_);
+  backend.load(all_weights(model.weights), options_.progress);
+  decode_ = std::make_unique<Plan>(model, backend, decode_counts(options_));
+  prefill_ = std::make_unique<Plan>(model, backend, prefill_counts(model, options_));
+  kv_.base = backend_.allocate(memory_.kv, "the KV cache");
+  arena_ = backend_.allocate(memory_.arena, "activations");
+  scratch_ = backend_.allocate(memory_.scratch, "scratch");
+  for (Plan* p : {decode_.get(), prefill_.get()}) p->graph.bind(arena_);
+  logits_.resize(size_t(std::max(decode_counts(options_).outputs, prefill_counts(model_, options_).outputs)) *
+                 size_t(model.config.vocab));
+}
+
+Session::~Session() {
+  for (std::byte* p : {kv_.base, arena_, scratch_})
+    if (p) backend_.release(p);
+}
+
+void Session::truncate(int sequence, int64_t length) {
+  lengths_.at(size_t(sequence)) = std::min(lengths_.at(size_t(sequence)), std::max<int64_t>(length, 0));
+}
+
+std::span<const float> Session::run(Plan& p, std::span<const TokenAt> batch, std::span<const int32_t> wanted) {
+  p.token.clear(), p.sequence.clear(), p.position.clear();
+  for (const TokenAt& t : batch) {
+    if (t.token < 0 || t.token >= model_.config.vocab)
+      throw Error(ErrorKind::kUsage, "token " + std::to_string(t.token) + " is outside the model's vocabulary of " +
+                                         std::to_string(model_.config.vocab));
+    p.token.push_back(t.token), p.sequence.push_back(t.sequence), p.position.push_back(t.position);
+  }
+  p.wanted.assign(wanted.begin(), wanted.end());
+  const auto put = [&](Tensor* t, const std::vector<int32_t>& v) { backend_.write(t->data, v.data(), 4 * v.size()); };
+  put(p.in.token, p.token), put(p.in.sequence, p.sequence), put(p.in.position, p.position), put(p.in.wanted, p.wanted);
+  const int64_t reach = 1 + std::max_element(batch.begin(), batch.end(), [](const TokenAt& a, const TokenAt& b) {
+                              return a.position < b.position;
+                            })->position;
+  backend_.run(p.graph, {int64_t(batch.size()), int64_t(wanted.size()), reach}, kv_, scratch_);
+
+  const size_t vocab = size_t(model_.config.vocab), n = wanted.size() * vocab;
+  backend_.read(logits_.data(), p.logits->data, n * sizeof(float));
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    // A NaN or infinity anywhere makes the sum of x - x NaN; finite logits give 0.
+    float probe = 0;
+    for (size_t j = 0; j < vocab; ++j) probe += logits_[i * vocab + j] - logits_[i * vocab + j];
+    if (!(probe == 0)) {
+      const TokenAt& t = batch[size_t(wanted[i])];
+      throw Error(ErrorKind::kRuntime, "logits are not finite after position " + std::to_string(t.position) +
+                                           " of sequence " + std::to_string(t.sequence));
+    }
+  }
+  return {logits_.data(), n};
+}
+
+void Session::feed_all(std::span<const int32_t> tokens, int sequence, int64_t first,
+                       const std::function<void(int64_t, std::span<const float>)>& visit) {
+  int64_t& length = lengths_.at(size_t(sequence));
+  const int64_t n = int64_t(tokens.size()), vocab = model_.config.vocab;
+  if (length + n > options_.ctx)
+    throw Error(ErrorKind::kUsage, std::to_string(n) + " tokens after " + std::to_string(length) +
+                                       " do not fit the context of " + std::to_string(options_.ctx));
+  const int64_t most = prefill_counts(model_, options_).outputs;
+  std::vector<TokenAt> batch;
+  std::vector<int32_t> wanted;
+  for (int64_t at = 0; at < n;) {
+    batch.clear(), wanted.clear();
+    const int64_t from = at;
+    for (; at < n && int64_t(batch.size()) < options_.chunk && int64_t(wanted.size()) < most; ++at) {
+      if (at >= first) wanted.push_back(int32_t(batch.size()));
+      batch.push_back({tokens[size_t(at)], sequence, int32_t(length + at - from)});
+    }
+    // One token goes through the decode graph, which is built for few.
+    Plan& p = int64_t(batch.size()) <= decode_->graph.max().tokens ? *decode_ : *prefill_;
+    const std::span<const float> logits = run(p, batch, wanted);
+    length += int64_t(batch.size());
+    for (size_t i = 0; i < wanted.size(); ++i)
+      visit(from + wanted[i], logits.subspan(i * size_t(vocab), size_t(vocab)));
+  }
+}
+
+std::span<const float> Session::feed(std::span<const int32_t> tokens, int sequence) {
+  std::span<const float> last;
+  feed_all(tokens, sequence, int64_t(tokens.size()) - 1, [&](int64_t, std::span<const float> l) { last = l; });
+  return last;
+}
+
+std::span<const float> Session::step(std::span<const std::pair<int, int32_t>> items) {
+  std::vector<TokenAt> batch;
+  std::vector<int32_t> wanted(items.size());
+  std::iota(wanted.begin(), wanted.end(), 0);
+  for (const auto& [sequence, token] : items) {
+    int64_t& length = lengths_.at(size_t(sequence));
+    if (length >= options_.ctx)
+      throw Error(ErrorKind::kUsage, "sequence " + std::to_string(sequence) + " is at the end of its context of " +
+                                         std::to_string(options_.ctx));
+    batch.push_back({token, sequence, int32_t(length)});
+  }
+  const std::span<const float> logits = run(*decode_, batch, wanted);
+  for (const auto& item : items) ++lengths_[size_t(item.first)];
+  return logits;
+}
+
+}  // namespace q4s
