@@ -12,6 +12,14 @@
 namespace q4s {
 namespace {
 
+// The inner loops, compiled once for each generation of vector units and chosen when the program starts. Products
+// and sums are never fused, so all of them give the same bits. (The thread sanitizer breaks the choosing.)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
+#define Q4S_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define Q4S_WIDE
+#endif
+
 constexpr int64_t kRows = 96;  // rows of a chunk: enough for an efficient product, few enough to stay in L2
 
 // fn(first row, number of rows) for every chunk of this part.
@@ -22,26 +30,33 @@ void for_chunks(int64_t n, int64_t rows, Part part, Fn fn) {
 }
 
 constexpr int kMultiples = 71;  // 0.50 .. 1.20
+constexpr int kLanes = 16;      // candidates judged together; their lists are padded to a multiple
 
-// Errors of the candidate scales (C) on w (K); see GptqScalesArgs.
-void judge(const float* w, const float* weight, int64_t k, const Levels& l, const float* scale, float* error,
-           int candidates) {
-  float inverse[2 * kMultiples];
-  for (int c = 0; c < candidates; ++c) {
-    inverse[c] = scale[c] == 0.0f ? 0.0f : 1.0f / scale[c];
-    error[c] = 0.0f;
-  }
-  const float low = float(l.low), high = float(l.high), shift = l.shift;
-  for (int64_t j = 0; j < k; ++j) {
-    const float x = w[j], h = weight ? weight[j] : 1.0f;
-    for (int c = 0; c < candidates; ++c) {
-      float t = x * inverse[c] - shift;
+// Errors of the candidate scales (C, a multiple of kLanes) on w (K); see GptqScalesArgs.
+Q4S_WIDE void judge(const float* w, const float* weight, int64_t k, const Levels& l, const float* scale, float* error,
+                    int candidates) {
+  typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+  const Lanes low = Lanes{} + float(l.low), high = Lanes{} + float(l.high), shift = Lanes{} + l.shift;
+  for (int c = 0; c < candidates; c += kLanes) {
+    Lanes s, inverse, sum = {};
+    for (int i = 0; i < kLanes; ++i) {
+      s[i] = scale[c + i];
+      inverse[i] = s[i] == 0.0f ? 0.0f : 1.0f / s[i];
+    }
+    for (int64_t j = 0; j < k; ++j) {
+      Lanes t = w[j] * inverse - shift;
       t = t < low ? low : t;
       t = t > high ? high : t;
-      const float e = x - scale[c] * (round_even(t) + shift);
-      error[c] += h * (e * e);
+      const Lanes e = w[j] - s * ((t + kRoundEven) - kRoundEven + shift);
+      sum += (weight ? weight[j] : 1.0f) * (e * e);
     }
+    for (int i = 0; i < kLanes; ++i) error[c + i] = sum[i];
   }
+}
+
+// y -= a x
+Q4S_WIDE void subtract(float a, const float* __restrict x, float* __restrict y, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) y[j] -= a * x[j];
 }
 
 float extreme(const float* w, int64_t k) {
@@ -51,13 +66,15 @@ float extreme(const float* w, int64_t k) {
 }
 
 uint16_t search_scale(const float* w, const float* weight, int64_t k, const Levels& l, float base) {
-  float scale[2 * kMultiples], error[2 * kMultiples];
+  constexpr int kMost = (2 * kMultiples + kLanes - 1) / kLanes * kLanes;
+  const int candidates = (l.negative ? 2 : 1) * kMultiples;
+  const int padded = (candidates + kLanes - 1) / kLanes * kLanes;
+  float scale[kMost] = {}, error[kMost];
   for (int i = 0; i < kMultiples; ++i) {
     scale[i] = half_to_float(float_to_half(base * (float(50 + i) / 100.0f)));
-    scale[kMultiples + i] = -scale[i];
+    if (l.negative) scale[kMultiples + i] = -scale[i];
   }
-  const int candidates = l.negative ? 2 * kMultiples : kMultiples;
-  judge(w, weight, k, l, scale, error, candidates);
+  judge(w, weight, k, l, scale, error, padded);
   float best = 0.0f, best_error = std::numeric_limits<float>::infinity();
   for (int c = 0; c < candidates; ++c)
     if (error[c] < best_error) best = scale[c], best_error = error[c];
@@ -71,10 +88,10 @@ uint16_t search_scale(const float* w, const float* weight, int64_t k, const Leve
       vv += h * (v * v);
     }
     if (!(vv > 0.0f)) break;
-    float next = half_to_float(float_to_half(wv / vv)), next_error;
-    judge(w, weight, k, l, &next, &next_error, 1);
-    if (!(next_error < best_error)) break;
-    best = next, best_error = next_error;
+    float next[kLanes] = {half_to_float(float_to_half(wv / vv))}, next_error[kLanes];
+    judge(w, weight, k, l, next, next_error, kLanes);
+    if (!(next_error[0] < best_error)) break;
+    best = next[0], best_error = next_error[0];
   }
   return float_to_half(best);
 }
@@ -205,6 +222,9 @@ void gptq_round_cpu(const GptqRoundArgs& a, Part part) {
 
 void gptq_solve_cpu(const GptqSolveArgs& a, Part part) {
   const int64_t k = a.k, groups = ceil_div(k, a.group);
+  const Levels levels = a.levels;
+  std::vector<int32_t> group(k);  // of each step
+  for (int64_t i = 0; i < k; ++i) group[i] = a.order[i] / int32_t(a.group);
   for_chunks(a.n, kRows, part, [&](int64_t first, int64_t rows) {
     std::vector<float> err(rows * kGptqBlock), scale(groups);
     for (int64_t begin = 0; begin < k; begin += kGptqBlock) {
@@ -215,12 +235,12 @@ void gptq_solve_cpu(const GptqSolveArgs& a, Part part) {
         for (int64_t i = 0; i < size; ++i) {
           const float* u = a.u + (begin + i) * k + begin;
           const int32_t column = a.order[begin + i];
-          const float s = scale[column / a.group];
-          const uint8_t code = nearest_code(w[i], s, a.levels);
+          const float s = scale[group[begin + i]];
+          const uint8_t code = nearest_code(w[i], s, levels);
           a.codes[(first + r) * k + column] = code;
-          const float e = (w[i] - a.levels.value(code, s)) / u[i];
+          const float e = (w[i] - levels.value(code, s)) / u[i];
           err[r * kGptqBlock + i] = e;
-          for (int64_t j = i + 1; j < size; ++j) w[j] -= e * u[j];
+          subtract(e, u + i + 1, w + i + 1, size - i - 1);
         }
       }
       const int64_t end = begin + size;
@@ -232,6 +252,7 @@ void gptq_solve_cpu(const GptqSolveArgs& a, Part part) {
 
 void gptq_sweep_cpu(const GptqRefineArgs& a, Part part) {
   const int64_t k = a.k, groups = ceil_div(k, a.group);
+  const Levels levels = a.levels;
   for_chunks(a.n, kRows, part, [&](int64_t first, int64_t rows) {
     std::vector<float> error(rows * k), gradient(rows * k);
     for (int64_t r = 0; r < rows; ++r)
@@ -241,16 +262,16 @@ void gptq_sweep_cpu(const GptqRefineArgs& a, Part part) {
     for (int64_t r = 0; r < rows; ++r) {
       float* g = &gradient[r * k];
       uint8_t* codes = a.codes + (first + r) * k;
-      for (int64_t j = 0; j < k; ++j) {
-        const float s = half_to_float(a.scales[(first + r) * groups + j / a.group]);
+      for (int64_t begin = 0; begin < k; begin += a.group) {
+        const float s = half_to_float(a.scales[(first + r) * groups + begin / a.group]);
         if (s == 0.0f) continue;
-        const float* h = a.h + j * k;
-        const float value = a.levels.value(codes[j], s);
-        const uint8_t code = nearest_code(value + g[j] / h[j], s, a.levels);
-        if (code == codes[j]) continue;
-        const float move = a.levels.value(code, s) - value;
-        codes[j] = code;
-        for (int64_t i = 0; i < k; ++i) g[i] -= move * h[i];
+        for (int64_t j = begin; j < std::min(k, begin + a.group); ++j) {
+          const float value = levels.value(codes[j], s);
+          const uint8_t code = nearest_code(value + g[j] / a.h[j * k + j], s, levels);
+          if (code == codes[j]) continue;
+          codes[j] = code;
+          subtract(levels.value(code, s) - value, a.h + j * k, g, k);
+        }
       }
     }
   });

@@ -21,7 +21,8 @@ struct Levels {
 };
 
 // Round half to even for |x| < 2^22 without a library call, so that loops over it become vector code.
-inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+constexpr float kRoundEven = 12582912.0f;  // 1.5 * 2^23: the adder rounds at 1
+inline float round_even(float x) { return (x + kRoundEven) - kRoundEven; }
 
 // The nearest level. Scale 0 means that the group is all zero: the code of q = 0.
 inline uint8_t nearest_code(float w, float scale, const Levels& l) {
