@@ -39,13 +39,14 @@ struct Q4Layout {
   int64_t group = 0;  // columns sharing a scale: a multiple of 32, or >= k; the last may be short
   RowMap map = RowMap::kPlain;
   int64_t head_dim = 0, rotated = 0;  // kRope
+  int bits = 4;                       // 4, 8 or 16 (no scales)
 
   Q4S_HOST_DEVICE int64_t n_tiles() const {
     return map == RowMap::kPairHalves ? (n / 2 + 7) / 8 : (n + 15) / 16;
   }
   Q4S_HOST_DEVICE int64_t k_tiles() const { return (k + kQ4TileCols - 1) / kQ4TileCols; }
-  Q4S_HOST_DEVICE int64_t groups() const { return (k + group - 1) / group; }
-  Q4S_HOST_DEVICE int64_t code_bytes() const { return n_tiles() * k_tiles() * kQ4TileBytes; }
+  Q4S_HOST_DEVICE int64_t groups() const { return bits == 16 ? 0 : (k + group - 1) / group; }
+  Q4S_HOST_DEVICE int64_t code_bytes() const { return n_tiles() * k_tiles() * kQ4TileBytes * (bits / 4); }
   Q4S_HOST_DEVICE int64_t scale_bytes() const { return n_tiles() * groups() * kQ4TileRows * 2; }
 
   // Row of the file at packed row p; -1: padding.
@@ -64,8 +65,8 @@ struct Q4Layout {
 
 // A matrix in the file's canonical order: what is packed.
 struct Q4Source {
-  const uint8_t* codes;    // (n, (k+1)/2) two codes a byte, even column in the low nibble
-  const uint16_t* scales;  // (n, ceil(k/group)) fp16 bits
+  const uint8_t* codes;  // (n, (k+1)/2) two codes a byte, even column in the low nibble; (n, k) int8 or fp16
+  const uint16_t* scales;  // (n, ceil(k/group)) fp16 bits; unused for fp16
 };
 
 // codes: code_bytes(), 16-aligned. scales: scale_bytes(), 16-aligned.

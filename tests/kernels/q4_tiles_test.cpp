@@ -55,6 +55,31 @@ TEST_CASE("q4 tiles: every code and scale where a lane looks for it") {
     check({.n = 8 * hd, .k = 100, .group = 64, .map = RowMap::kRope, .head_dim = hd, .rotated = 6 * hd});
 }
 
+TEST_CASE("q4 tiles: int8 and fp16 pieces") {
+  for (int bits : {8, 16}) {
+    const Q4Layout l{.n = 35, .k = 100, .group = 64, .bits = bits};
+    const int size = bits / 8;
+    Guarded<uint8_t> values(l.n * l.k * size), packed(l.code_bytes());
+    Guarded<uint16_t> scales(l.n * 2), packed_scales(l.scale_bytes() / 2);
+    fill_bytes(values.span(), 3);
+    q4_pack_cpu(l, {values.data(), scales.data()}, packed.data(), packed_scales.data());
+    for (int64_t tile = 0; tile < l.n_tiles() * l.k_tiles(); ++tile)
+      for (int step = 0; step < 4; ++step)
+        for (int lane = 0; lane < 32; ++lane)
+          for (int reg = 0; reg < 4; ++reg)  // a0a1 | a2a3 | a4a5 | a6a7 of an A fragment
+            for (int half = 0; half < 2; ++half) {
+              const int64_t row = tile / l.k_tiles() * 16 + lane / 4 + reg % 2 * 8;
+              const int64_t column = tile % l.k_tiles() * 64 + step * 16 + lane % 4 * 2 + reg / 2 * 8 + half;
+              const int64_t at = bits == 8 ? tile * 1024 + (step / 2 * 32 + lane) * 16 + step % 2 * 8 +
+                                                 reg % 2 * 4 + reg / 2 * 2 + half
+                                           : tile * 2048 + (step * 32 + lane) * 16 + reg * 4 + half * 2;
+              for (int b = 0; b < size; ++b)
+                REQUIRE(packed[at + b] ==
+                        (row >= l.n || column >= l.k ? 0 : values[(row * l.k + column) * size + b]));
+            }
+  }
+}
+
 TEST_CASE("q4 tiles: partners of an epilogue are rows r and r+8 of a tile") {
   const Q4Layout pair{.n = 48, .k = 64, .group = 64, .map = RowMap::kPairHalves};
   const Q4Layout rope{

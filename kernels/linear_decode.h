@@ -1,0 +1,54 @@
+// y = f(x * W^T) for a few tokens: the products of a decoding step, one kernel each, at the speed of the
+// memory.
+//
+// Prologue: with `gain`, x is normalised first (rms_norm.h). Epilogue: a residual is added; or silu(gate) *
+// up is made of a stacked gate|up product (weight packed with RowMap::kPairHalves); or a stacked qkv product
+// is rotated and its k and v appended to the cache (RowMap::kRope). Everything is in device memory; positions
+// are read there.
+//
+// Values: codes are exact in fp16; x is rounded to fp16 under a power of two for each stretch of columns, so
+// that no x is too large; products are summed in f32, in an order that depends on the shapes alone.
+#pragma once
+#include "kernels/cuda_stream.h"
+#include "kernels/q4_tiles.h"
+#include "kernels/rope_kv.h"
+
+namespace q4s {
+
+// A weight in the tiles of q4_tiles.h.
+struct TiledWeight {
+  Q4Layout layout;  // bits 4: int4 on `grid`; 8: int8; 16: fp16 without scales
+  Grid grid = Grid::kInt;
+  const uint8_t* codes;    // layout.code_bytes(), 16-aligned
+  const uint16_t* scales;  // layout.scale_bytes(), 16-aligned
+};
+
+enum class Epilogue : uint8_t { kNone, kSwiglu, kRopeKv };
+
+struct LinearDecodeArgs {
+  const float* x;               // (T, K)
+  const float* gain = nullptr;  // (K) or null: no norm
+  float eps = 0;
+  TiledWeight w;  // (N, K)
+  Epilogue epilogue = Epilogue::kNone;
+  const float* residual = nullptr;  // (T, N) or null; may be y; kNone only
+  float* y;                         // (T, N); kSwiglu (T, N/2); kRopeKv q (T, H * head_dim)
+  int64_t tokens;
+  // kRopeKv, as in RopeKvArgs; head_dim is the layout's.
+  const float* table = nullptr;  // (ctx, head_dim/2, 2) cos, sin
+  Placement at{};                // (T) each
+  KvLayer kv{};
+  int64_t heads = 0, kv_heads = 0;
+};
+
+// Most tokens for which this kernel beats a GEMM.
+constexpr int64_t kLinearDecodeTokens = 16;
+// Groups of 32, of 64 times a power of two, or whole rows; K up to 32768.
+bool linear_decode_supported(const Q4Layout&);
+
+// pdl: programmatic dependent launch. The kernel then may start while its predecessor in the stream still
+// runs; it reads weights at once, and everything else only after the predecessor is complete. Throws
+// CudaError.
+void linear_decode_cuda(const LinearDecodeArgs&, cudaStream_t, bool pdl);
+
+}  // namespace q4s
