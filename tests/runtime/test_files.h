@@ -7,17 +7,21 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace q4s::test {
 
-// A folder that goes away with its object.
+// A folder that goes away with its object; in memory where there is such a place, as tests write many small files.
 class TempFolder {
  public:
   TempFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "q4s_test_XXXXXX").string();
-    path_ = mkdtemp(name.data());
+    const bool memory = access("/dev/shm", W_OK) == 0;
+    const std::filesystem::path base = memory ? "/dev/shm" : std::filesystem::temp_directory_path();
+    std::string name = (base / "q4s_test_XXXXXX").string();
+    if (!mkdtemp(name.data())) throw std::runtime_error("no temporary folder in " + base.string());
+    path_ = name;
   }
   ~TempFolder() { std::filesystem::remove_all(path_); }
   TempFolder(const TempFolder&) = delete;
