@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/cpu_kernels.h"
 #include "kernels/half.h"
 
 namespace q4s {
@@ -41,34 +42,25 @@ void attention_cpu(const AttentionArgs& a, Part part) {
   }
 }
 
-size_t attention_scratch_bytes(int64_t, int64_t, int) { return 0; }
+size_t attention_scratch_bytes(int64_t, int64_t head_dim, int threads) {
+  return size_t(cpu_kernels().keys * 2 * head_dim * 4) * size_t(threads);
+}
 
 void attention(const AttentionArgs& a, Part part) {
-  const int64_t hd = a.head_dim, kv_width = a.kv_heads * hd, shared = a.heads / a.kv_heads;
-  const float scale = float(1 / std::sqrt(double(hd)));
-  const auto [begin, end] = part.of(a.tokens * a.heads);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t t = item / a.heads, h = item % a.heads, n = a.at.position[t] + 1;
-    const int64_t base = a.at.sequence[t] * a.kv.ctx * kv_width + h / shared * hd;
-    const float* q = a.q + item * hd;
-    float* y = a.y + item * hd;
-    float top = -INFINITY, total = 0;
-    for (int64_t i = 0; i < hd; ++i) y[i] = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      float s = 0;
-      for (int64_t i = 0; i < hd; ++i) s += q[i] * load(a.kv.k, a.kv.type, base + j * kv_width + i);
-      s *= scale;
-      if (s > top) {  // rescale what was summed under the old maximum
-        const float shrink = std::exp(top - s);
-        for (int64_t i = 0; i < hd; ++i) y[i] *= shrink;
-        total *= shrink;
-        top = s;
-      }
-      const float w = std::exp(s - top);
-      total += w;
-      for (int64_t i = 0; i < hd; ++i) y[i] += w * load(a.kv.v, a.kv.type, base + j * kv_width + i);
-    }
-    for (int64_t i = 0; i < hd; ++i) y[i] /= total;
+  const CpuKernels& kernels = cpu_kernels();
+  // A unit of work: a few tokens times some heads of one kv head, which read the same rows of the cache.
+  const int64_t shared = a.heads / a.kv_heads;
+  const int64_t heads =
+      a.tokens * a.kv_heads < 2 * part.count ? 1 : std::min<int64_t>(shared, kernels.queries);
+  const int64_t tokens = a.tokens >= 4 * part.count ? std::max<int64_t>(1, kernels.queries / heads) : 1;
+  const int64_t pieces = ceil_div(shared, heads), units = ceil_div(a.tokens, tokens) * a.kv_heads * pieces;
+  float* scratch = reinterpret_cast<float*>(a.scratch + attention_scratch_bytes(0, a.head_dim, part.index));
+  // Later tokens see more rows: threads take units in turn, as equal shares would not be equal work.
+  for (int64_t i = part.index; i < units; i += part.count) {
+    const int64_t t = i / (a.kv_heads * pieces) * tokens, j = i % (a.kv_heads * pieces);
+    const int64_t h = j / pieces * shared + j % pieces * heads;
+    kernels.attention(a, t, std::min(a.tokens, t + tokens), h, std::min(h + heads, (j / pieces + 1) * shared),
+                      scratch);
   }
 }
 

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/cpu_kernels.h"
+
 #if Q4S_BLAS
 #include <cblas.h>
 #endif
@@ -40,6 +42,21 @@ void dense(const float* x, const float* w, float* y, int64_t tokens, int64_t n, 
 #endif
 }
 
+int64_t panel_bytes(const WeightView& w) { return round_up(kPanel * w.k * 4, 64); }
+
+enum class Path { kDot, kVector, kMatrix, kPanel };
+
+// By shape only, never by the number of threads.
+Path path_of(const WeightView& w, int64_t tokens) {
+  constexpr int64_t kFewDots = 4, kFewVectors = 4;
+  if (w.format == Format::kF32 || w.format == Format::kF16 || w.format == Format::kBF16)
+    return tokens <= kFewDots ? Path::kDot : Path::kPanel;
+  const bool ours = w.format == Format::kQ4 || w.format == Format::kQ8;
+  const bool groups = w.group == 32 || w.group == 64 || w.group % 128 == 0 || w.group >= w.k;
+  if (!ours || !groups) return Path::kPanel;
+  return tokens <= kFewVectors ? Path::kVector : Path::kMatrix;
+}
+
 }  // namespace
 
 void linear_cpu(const LinearArgs& a, Part part) {
@@ -56,23 +73,64 @@ void linear_cpu(const LinearArgs& a, Part part) {
   }
 }
 
-size_t linear_scratch_bytes(const WeightView& w, int64_t, int threads) {
-  return size_t(round_up(kPanel * w.k * 4, 64)) * size_t(threads);
+size_t linear_scratch_bytes(const WeightView& w, int64_t tokens, int threads) {
+  const CpuKernels& kernels = cpu_kernels();
+  switch (path_of(w, tokens)) {
+    case Path::kDot:
+      return 0;
+    case Path::kVector:
+      return size_t(kernels.token_bytes(w.k) * tokens);
+    case Path::kMatrix:
+      return size_t(kernels.tile_bytes(w.k) * ceil_div(tokens, kernels.tile) +
+                    kernels.panel_bytes(w) * threads);
+    case Path::kPanel:
+      return size_t(panel_bytes(w)) * size_t(threads);
+  }
+  return 0;
 }
 
-void linear_quantize(const LinearArgs&, Part) {}
+void linear_quantize(const LinearArgs& a, Part part) {
+  const CpuKernels& kernels = cpu_kernels();
+  const Path path = path_of(a.w, a.tokens);
+  if (path == Path::kVector) {
+    const auto [begin, end] = part.of(a.tokens);
+    kernels.quantize(a, begin, end);
+  }
+  if (path == Path::kMatrix) {
+    const auto [begin, end] = part.of(ceil_div(a.tokens, kernels.tile));
+    kernels.quantize_tiles(a, begin, end);
+  }
+}
 
 void linear(const LinearArgs& a, Part part) {
-  const int64_t n = a.w.n, k = a.w.k;
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t n = a.w.n;
+  switch (path_of(a.w, a.tokens)) {
+    case Path::kDot: {
+      const auto [begin, end] = part.of(n, 16);
+      return kernels.dot_rows(a, begin, end);
+    }
+    case Path::kVector: {
+      const auto [begin, end] = part.of(n, 16);
+      return kernels.gemv(a, begin, end);
+    }
+    case Path::kMatrix: {
+      const auto [begin, end] = part.of(n, 16);
+      std::byte* panel = a.scratch + kernels.tile_bytes(a.w.k) * ceil_div(a.tokens, kernels.tile);
+      return kernels.gemm(a, begin, end, panel + kernels.panel_bytes(a.w) * part.index);
+    }
+    case Path::kPanel:
+      break;
+  }
   const auto [begin, end] = part.of(n, kPanel);
-  float* panel = reinterpret_cast<float*>(a.scratch + round_up(kPanel * k * 4, 64) * part.index);
+  float* panel = reinterpret_cast<float*>(a.scratch + panel_bytes(a.w) * part.index);
   for (int64_t i = begin; i < end; i += kPanel) {
     const int64_t rows = std::min(kPanel, end - i);
     dequantize_rows(a.w, i, i + rows, panel);
     if (a.residual && a.residual != a.y)
       for (int64_t t = 0; t < a.tokens; ++t)
         std::memcpy(a.y + t * n + i, a.residual + t * n + i, size_t(rows) * 4);
-    dense(a.x, panel, a.y + i, a.tokens, rows, k, n, a.residual != nullptr);
+    dense(a.x, panel, a.y + i, a.tokens, rows, a.w.k, n, a.residual != nullptr);
   }
 }
 

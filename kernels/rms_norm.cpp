@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "kernels/cpu_kernels.h"
+
 namespace q4s {
 
 void rms_norm_cpu(const RmsNormArgs& a, Part part) {
@@ -15,6 +17,11 @@ void rms_norm_cpu(const RmsNormArgs& a, Part part) {
     const double scale = 1 / std::sqrt(sum / double(a.dim) + a.eps);
     for (int64_t i = 0; i < a.dim; ++i) y[i] = float(a.w[i] * (x[i] * scale));
   }
+}
+
+void rms_norm(const RmsNormArgs& a, Part part) {
+  const auto [begin, end] = part.of(a.tokens);
+  cpu_kernels().rms_norm(a, begin, end);
 }
 
 }  // namespace q4s

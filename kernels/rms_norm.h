@@ -13,6 +13,7 @@ struct RmsNormArgs {
   float eps;
 };
 void rms_norm_cpu(const RmsNormArgs&, Part = {});  // the definition: double accumulator
+void rms_norm(const RmsNormArgs&, Part = {});      // vectorised
 void rms_norm_cuda(const RmsNormArgs&, cudaStream_t);
 // The same, stored as the fp16 operand of a product: columns [dim, ld) are zeroed. x, w as above, y unused.
 void rms_norm_f16_cuda(const RmsNormArgs&, void* y16 /* (T, ld) fp16 */, int64_t ld, cudaStream_t);

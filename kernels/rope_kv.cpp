@@ -2,6 +2,7 @@
 // threads never write the same cache row.
 #include "kernels/rope_kv.h"
 
+#include "kernels/cpu_kernels.h"
 #include "kernels/half.h"
 
 namespace q4s {
@@ -41,6 +42,11 @@ void rope_kv_cpu(const RopeKvArgs& a, Part part) {
     }
     for (int64_t i = 0; i < kv_width; ++i) store(a.kv.v, a.kv.type, row + i, qkv[q_width + kv_width + i]);
   }
+}
+
+void rope_kv(const RopeKvArgs& a, Part part) {
+  const auto [begin, end] = part.of(a.tokens);
+  cpu_kernels().rope_kv(a, begin, end);
 }
 
 }  // namespace q4s

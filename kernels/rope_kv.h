@@ -32,7 +32,8 @@ struct RopeKvArgs {
   float* q;            // (T, H * head_dim)
   int64_t tokens, heads, kv_heads, head_dim;
 };
-void rope_kv_cpu(const RopeKvArgs&, Part = {});
+void rope_kv_cpu(const RopeKvArgs&, Part = {});  // the definition, in double
+void rope_kv(const RopeKvArgs&, Part = {});      // vectorised
 void rope_kv_cuda(const RopeKvArgs&, cudaStream_t);
 
 }  // namespace q4s

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/cpu_kernels.h"
+
 namespace q4s {
 namespace {
 
@@ -39,6 +41,12 @@ void rotate_cpu(const RotateArgs& a, Part part) {
         y[i * m + j] = float(sum * scale * (a.inverse ? a.signs[i * m + j] : 1));
       }
   }
+}
+
+void rotate(const RotateArgs& a, Part part) {
+  if (a.m > kMostFactor) return rotate_cpu(a, part);
+  const auto [begin, end] = part.of(a.tokens);
+  cpu_kernels().rotate(a, begin, end);
 }
 
 }  // namespace q4s

@@ -15,7 +15,8 @@ struct RotateArgs {
   int64_t tokens, dim, m;
   bool inverse;         // R^T
 };
-void rotate_cpu(const RotateArgs&, Part = {});
+void rotate_cpu(const RotateArgs&, Part = {});  // the definition, in double
+void rotate(const RotateArgs&, Part = {});      // vectorised
 void rotate_cuda(const RotateArgs&, cudaStream_t);  // a row in shared memory: D <= 49152
 
 }  // namespace q4s

@@ -1,0 +1,13 @@
+// The fast kernels of cpu_kernels.h compiled for one instruction set.
+#include "kernels/simd_attention.h"
+#include "kernels/simd_float.h"
+#include "kernels/simd_int8.h"
+
+namespace q4s {
+
+const CpuKernels kPortableKernels = {
+    decode_row,      dot_rows, kTile,   token_bytes,     tile_bytes,     panel_bytes,    quantize_tokens,
+    quantize_tiles,  gemv,     gemm,    rms_norm_tokens, swiglu_columns, rope_kv_tokens, rotate_tokens,
+    attention_block, kKeys,    kQueries};
+
+}  // namespace q4s
