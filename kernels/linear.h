@@ -1,9 +1,11 @@
 // y = x * W^T (+ residual). W in any Format.
 //
-// Reference: f32 activations, double accumulator. Fast CPU paths, chosen once at start (cpu_features.h):
-//   unquantised formats  panels of rows unpacked to f32, then a dense product (tokens small: dot products)
-//   kQ4, kQ8             activations rounded to int8 per block of 32 columns (linear_quantize), exact integer
-//                        dot products, the grid's offset folded in through the activation sums
+// Reference: f32 activations, double accumulator. Fast CPU paths, by format and number of tokens only:
+//   F32, F16, BF16, up to 4 tokens  dot products from the stored type
+//   unquantised else                panels of rows unpacked to f32, then a dense product
+//   kQ4, kQ8                        activations rounded to int8 per block of 32 columns (linear_quantize), exact
+//                                   integer dot products, the grid's offset folded in through activation sums.
+//                                   Groups of 32, 64, a multiple of 128 or the whole row; others as unquantised
 // The fast path of kQ4/kQ8 runs in two steps with a barrier between: linear_quantize on all threads, then linear.
 #pragma once
 #include <cstddef>
@@ -23,7 +25,7 @@ struct LinearArgs {
 
 void linear_cpu(const LinearArgs&, Part = {});  // the definition
 
-size_t linear_scratch_bytes(const WeightView&, int64_t tokens, int threads);
+size_t linear_scratch_bytes(const WeightView&, int64_t tokens, int threads);  // also enough for fewer tokens
 void linear_quantize(const LinearArgs&, Part = {});  // no-op unless linear() of this format reads int8 activations
 void linear(const LinearArgs&, Part = {});
 

@@ -36,7 +36,7 @@ void run_gather(Tensor& t, const Step& s, Part p) {
 }
 
 void run_rms_norm(Tensor& t, const Step& s, Part p) {
-  rms_norm_cpu({t.src[0]->f32(), t.weight->f32(), t.f32(), s.counts.of(t.rows), t.cols, t.eps}, p);
+  rms_norm({t.src[0]->f32(), t.weight->f32(), t.f32(), s.counts.of(t.rows), t.cols, t.eps}, p);
 }
 
 void run_linear(Tensor& t, const Step& s, Part p) {
@@ -51,7 +51,7 @@ void run_linear(Tensor& t, const Step& s, Part p) {
 }
 
 void run_rope_kv(Tensor& t, const Step& s, Part p) {
-  rope_kv_cpu({t.src[0]->f32(), t.weight->f32(), {t.src[1]->i32(), t.src[2]->i32()}, s.kv.layer(t.head.layer),
+  rope_kv({t.src[0]->f32(), t.weight->f32(), {t.src[1]->i32(), t.src[2]->i32()}, s.kv.layer(t.head.layer),
                t.f32(), s.counts.of(t.rows), t.head.heads, t.head.kv_heads, t.head.head_dim}, p);
 }
 
@@ -61,11 +61,11 @@ void run_attention(Tensor& t, const Step& s, Part p) {
 }
 
 void run_swiglu(Tensor& t, const Step& s, Part p) {
-  swiglu_cpu({t.src[0]->f32(), t.f32(), s.counts.of(t.rows), t.cols}, p);
+  swiglu({t.src[0]->f32(), t.f32(), s.counts.of(t.rows), t.cols}, p);
 }
 
 void run_rotate(Tensor& t, const Step& s, Part p) {
-  rotate_cpu({t.src[0]->f32(), t.weight->f32(), t.weight2->f32(), t.f32(), s.counts.of(t.rows), t.cols,
+  rotate({t.src[0]->f32(), t.weight->f32(), t.weight2->f32(), t.f32(), s.counts.of(t.rows), t.cols,
               t.weight2->view.n, t.inverse}, p);
 }
 
