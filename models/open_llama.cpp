@@ -9,10 +9,7 @@
 #include "runtime/error.h"
 #include "runtime/file_kind.h"
 #include "runtime/gguf.h"
-#if __has_include("runtime/q4s_file.h")
 #include "runtime/q4s_file.h"
-#define Q4S_FILE 1
-#endif
 #include "runtime/safetensors.h"
 #include "runtime/tokenizer.h"
 
@@ -189,7 +186,6 @@ LlamaModel open_gguf(const std::string& path) {
   return m;
 }
 
-#ifdef Q4S_FILE
 LlamaModel open_q4s(const std::string& path) {
   LlamaModel m;
   m.path = path, m.kind = "q4s";
@@ -244,7 +240,6 @@ LlamaModel open_q4s(const std::string& path) {
   m.files.push_back(file);
   return m;
 }
-#endif
 
 }  // namespace
 
@@ -253,9 +248,7 @@ LlamaModel open_llama(const std::string& path) {
   switch (file_kind(path)) {
     case FileKind::kFolder: m = open_hf(path); break;
     case FileKind::kGguf: m = open_gguf(path); break;
-#ifdef Q4S_FILE
     case FileKind::kQ4s: m = open_q4s(path); break;
-#endif
     default: refuse_kind(path, MappedFile(path).bytes(), "a .q4s file, a GGUF file or a Hugging Face folder");
   }
   if (m.tokenizer->vocab_size() > m.config.vocab)
