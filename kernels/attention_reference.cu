@@ -1,5 +1,6 @@
-// attention.h on the GPU for any shape up to head_dim 512: one block a (token, head), no tiling. The oracle of the
-// fast kernels and their fallback; each warp takes every fourth position, and the warps are merged in order.
+// attention.h on the GPU for any shape up to head_dim 512: one block a (token, head), no tiling. The oracle
+// of the fast kernels and their fallback; each warp takes every fourth position, and the warps are merged in
+// order.
 #include <cuda_fp16.h>
 
 #include <stdexcept>
@@ -30,7 +31,8 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs a)
   const int64_t n = a.at.position[t] + 1, base = a.at.sequence[t] * a.kv.ctx * kv_width + h / shared_by * hd;
 
   float q[kSlots], sum[kSlots] = {}, top = -INFINITY, total = 0;
-  for (int i = 0; i < kSlots; ++i) q[i] = lane + 32 * i < hd ? a.q[blockIdx.x * hd + lane + 32 * i] * scale : 0;
+  for (int i = 0; i < kSlots; ++i)
+    q[i] = lane + 32 * i < hd ? a.q[blockIdx.x * hd + lane + 32 * i] * scale : 0;
   for (int64_t j = warp; j < n; j += kWarps) {
     const int64_t row = base + j * kv_width + lane;
     float s = 0;
@@ -63,11 +65,11 @@ void attention_reference_cuda(const AttentionArgs& a, cudaStream_t stream) {
   if (a.tokens == 0) return;
   const unsigned blocks = unsigned(a.tokens * a.heads);
   if (a.head_dim <= 64)
-    launch_pdl(attention_kernel<2>, blocks, kWarps * 32, 0, stream, a);
+    launch("attention", attention_kernel<2>, blocks, kWarps * 32, 0, 1, true, stream, a);
   else if (a.head_dim <= 128)
-    launch_pdl(attention_kernel<4>, blocks, kWarps * 32, 0, stream, a);
+    launch("attention", attention_kernel<4>, blocks, kWarps * 32, 0, 1, true, stream, a);
   else if (a.head_dim <= 512)
-    launch_pdl(attention_kernel<16>, blocks, kWarps * 32, 0, stream, a);
+    launch("attention", attention_kernel<16>, blocks, kWarps * 32, 0, 1, true, stream, a);
   else
     throw std::runtime_error("attention: head_dim " + std::to_string(a.head_dim) + " is beyond 512");
 }

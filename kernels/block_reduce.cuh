@@ -1,5 +1,5 @@
-// Sums and maxima over a block in a fixed order: butterflies in each warp, then over the warps. Every thread gets the
-// result; `shared` holds 32 values and may be used again after the call.
+// Sums and maxima over a block in a fixed order: butterflies in each warp, then over the warps. Every thread
+// gets the result; `shared` holds 32 values and may be used again after the call.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -38,21 +38,28 @@ __global__ void copy_kernel(const float* x, float* y, int64_t count) {
 
 }  // namespace
 
+int probe_kernel_image() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, copy_kernel);
+}
+
 void copy_cuda(const float* x, float* y, int64_t count, cudaStream_t stream) {
   if (count == 0) return;
-  launch_pdl(copy_kernel, unsigned(ceil_div(count, kThreads)), kThreads, 0, stream, x, y, count);
+  launch("convert", copy_kernel, unsigned(ceil_div(count, kThreads)), kThreads, 0, 1, true, stream, x, y,
+         count);
 }
 
 void to_f16_cuda(const float* x, int64_t tokens, int64_t k, void* y, int64_t ld, cudaStream_t stream) {
   if (tokens == 0) return;
-  launch_pdl(f16_kernel, dim3(unsigned(tokens), unsigned(ceil_div(ld, kThreads))), kThreads, 0, stream, x, k,
-             static_cast<__half*>(y), ld);
+  launch("convert", f16_kernel, dim3(unsigned(tokens), unsigned(ceil_div(ld, kThreads))), kThreads, 0, 1,
+         true, stream, x, k, static_cast<__half*>(y), ld);
 }
 
-void to_bf16_pair_cuda(const float* x, int64_t tokens, int64_t k, void* high, void* low, cudaStream_t stream) {
+void to_bf16_pair_cuda(const float* x, int64_t tokens, int64_t k, void* high, void* low,
+                       cudaStream_t stream) {
   if (tokens == 0) return;
-  launch_pdl(bf16_pair_kernel, dim3(unsigned(tokens), unsigned(ceil_div(k, kThreads))), kThreads, 0, stream, x, k,
-             static_cast<__nv_bfloat16*>(high), static_cast<__nv_bfloat16*>(low));
+  launch("convert", bf16_pair_kernel, dim3(unsigned(tokens), unsigned(ceil_div(k, kThreads))), kThreads, 0, 1,
+         true, stream, x, k, static_cast<__nv_bfloat16*>(high), static_cast<__nv_bfloat16*>(low));
 }
 
 }  // namespace q4s

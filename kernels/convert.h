@@ -15,4 +15,7 @@ void to_bf16_pair_cuda(const float* x, int64_t tokens, int64_t k, void* high, vo
 // A kernel, not a copy of the runtime's: it keeps its place in a chain of dependent launches.
 void copy_cuda(const float* x, float* y, int64_t count, cudaStream_t);
 
+// Whether this program holds code for the current device: cudaErrorNoKernelImageForDevice and the like.
+int probe_kernel_image();  // a cudaError_t
+
 }  // namespace q4s

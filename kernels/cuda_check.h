@@ -1,4 +1,5 @@
-// The one way CUDA errors leave this layer: an exception with the call and CUDA's own words. For .cu and *_cuda.cpp.
+// The one way CUDA errors leave this layer: an exception with the call and CUDA's own words. For .cu and
+// *_cuda.cpp.
 #pragma once
 #include <cuda_runtime_api.h>
 

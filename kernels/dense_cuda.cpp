@@ -9,10 +9,12 @@
 namespace q4s {
 namespace {
 
-constexpr size_t kWorkspace = 32 << 20;                 // what the library recommends for this chip
-constexpr int64_t kPanelBytes = int64_t(64) << 20;      // unpacked rows at a time
+constexpr size_t kWorkspace = 32 << 20;             // what the library recommends for this chip
+constexpr int64_t kPanelBytes = int64_t(64) << 20;  // unpacked rows at a time
 
-int64_t panel_rows(const WeightView& w) { return std::min(w.n, std::max<int64_t>(16, kPanelBytes / (2 * w.k) / 16 * 16)); }
+int64_t panel_rows(const WeightView& w) {
+  return std::min(w.n, std::max<int64_t>(16, kPanelBytes / (2 * w.k) / 16 * 16));
+}
 
 bool packed(Format f) { return f == Format::kQ4 || f == Format::kQ8; }
 
@@ -31,13 +33,15 @@ struct DenseCuda::Library {
     if (handle) cublasDestroy(handle);
   }
 
-  // y (T, n) of row stride ld: y (+)= x (T, k) w (n, k)^T, both of `type`. Row-major is the transpose of the library's.
-  void product(cudaDataType type, const void* x, const void* w, float* y, int64_t tokens, int64_t n, int64_t k,
-               int64_t ld, bool add) {
+  // y (T, n) of row stride ld: y (+)= x (T, k) w (n, k)^T, both of `type`. Row-major is the transpose of the
+  // library's.
+  void product(cudaDataType type, const void* x, const void* w, float* y, int64_t tokens, int64_t n,
+               int64_t k, int64_t ld, bool add) {
     const float one = 1, beta = add ? 1 : 0;
-    check(cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, int(n), int(tokens), int(k), &one, w, type, int(k), x, type,
-                       int(k), &beta, y, CUDA_R_32F, int(ld), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-          "linear");
+    check(
+        cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, int(n), int(tokens), int(k), &one, w, type, int(k), x,
+                     type, int(k), &beta, y, CUDA_R_32F, int(ld), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+        "linear");
   }
 };
 
@@ -52,7 +56,8 @@ DenseCuda::DenseCuda(cudaStream_t stream) : library_(std::make_unique<Library>()
 DenseCuda::~DenseCuda() = default;
 
 size_t DenseCuda::scratch_bytes(const WeightView& w, int64_t tokens) {
-  const int64_t operand = w.format == Format::kF32 ? 0 : tokens * w.k * 2, operands = w.format == Format::kBF16 ? 2 : 1;
+  const int64_t operand = w.format == Format::kF32 ? 0 : tokens * w.k * 2,
+                operands = w.format == Format::kBF16 ? 2 : 1;
   const int64_t panel = packed(w.format) ? panel_rows(w) * w.k * 2 : 0;
   return kWorkspace + operands * aligned(operand) + aligned(panel);
 }
@@ -63,8 +68,7 @@ void DenseCuda::linear(const float* x, const DeviceMatrix& w, const float* resid
   const int64_t n = w.view.n, k = w.view.k;
   check(cublasSetWorkspace(library_->handle, scratch, kWorkspace), "cublasSetWorkspace");
   std::byte* operand = scratch + kWorkspace;
-  if (residual && residual != y)
-    copy_cuda(residual, y, tokens * n, stream_);
+  if (residual && residual != y) copy_cuda(residual, y, tokens * n, stream_);
   const bool add = residual != nullptr;
   switch (w.view.format) {
     case Format::kF32:

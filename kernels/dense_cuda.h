@@ -1,5 +1,6 @@
-// Products with the vendor's library: unquantised linears, and int4 or int8 ones unpacked to fp16 panel by panel (the
-// oracle of the hand-written kernels and their fallback). fp16 x fp16 or bf16 x bf16 with f32 sums, or f32.
+// Products with the vendor's library: unquantised linears, and int4 or int8 ones unpacked to fp16 panel by
+// panel (the oracle of the hand-written kernels and their fallback). fp16 x fp16 or bf16 x bf16 with f32
+// sums, or f32.
 #pragma once
 #include <cstddef>
 #include <memory>

@@ -1,14 +1,13 @@
-// A weight as the GPU holds it, raw device pointers: row-major in the file's format, or int4 in tiles.
+// A weight as the GPU holds it, raw device pointers: row-major in the file's format, or in tiles (kQ4, kQ8).
 #pragma once
-#include "kernels/q4_tiles.h"
+#include "kernels/linear_decode.h"
 
 namespace q4s {
 
 struct DeviceMatrix {
-  WeightView view;   // kF32, kF16, kBF16, kQ8: data (n, k) and scales; kQ4: format, grid, n, k, group, no pointers
-  Q4Layout layout;   // kQ4
-  const uint8_t* codes = nullptr;    // kQ4: tiles
-  const uint16_t* scales = nullptr;  // kQ4: (n_tile, group, 16)
+  WeightView view;    // shape and format; data (n, k) where not tiled
+  TiledWeight tiles;  // kQ4, kQ8
+  bool tiled() const { return view.format == Format::kQ4 || view.format == Format::kQ8; }
 };
 
 }  // namespace q4s

@@ -17,10 +17,11 @@ __global__ void embed_kernel(DeviceMatrix table, const int32_t* ids, float* y) {
 
 }  // namespace
 
-void embed_cuda(const DeviceMatrix& table, const int32_t* ids, float* y, int64_t tokens, cudaStream_t stream) {
+void embed_cuda(const DeviceMatrix& table, const int32_t* ids, float* y, int64_t tokens,
+                cudaStream_t stream) {
   if (tokens == 0) return;
   const dim3 grid(unsigned(tokens), unsigned(ceil_div(table.view.k, kThreads)));
-  launch_pdl(embed_kernel, grid, kThreads, 0, stream, table, ids, y);
+  launch("embed", embed_kernel, grid, kThreads, 0, 1, true, stream, table, ids, y);
 }
 
 }  // namespace q4s

@@ -19,8 +19,8 @@ namespace q4s {
 struct TiledWeight {
   Q4Layout layout;  // bits 4: int4 on `grid`; 8: int8; 16: fp16 without scales
   Grid grid = Grid::kInt;
-  const uint8_t* codes;    // layout.code_bytes(), 16-aligned
-  const uint16_t* scales;  // layout.scale_bytes(), 16-aligned
+  const uint8_t* codes = nullptr;    // layout.code_bytes(), 16-aligned
+  const uint16_t* scales = nullptr;  // layout.scale_bytes(), 16-aligned
 };
 
 enum class Epilogue : uint8_t { kNone, kSwiglu, kRopeKv };

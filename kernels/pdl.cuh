@@ -4,8 +4,6 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include <utility>
-
 #include "kernels/cuda_check.h"
 
 namespace q4s {
@@ -24,20 +22,31 @@ __device__ __forceinline__ void pdl_wait() {
 #endif
 }
 
-template <typename... Formal, typename... Actual>
-void launch_pdl(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                Actual&&... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+// Launches with `cluster` blocks a cluster (1: none) and, if asked, as a programmatic dependent of the stream's last
+// kernel. Raises the kernel's limit of dynamic shared memory where it must.
+template <typename... Params, typename... Values>
+void launch(const char* what, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, int cluster, bool pdl,
+            cudaStream_t stream, const Values&... values) {
+  if (shared > 48 * 1024)
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cuda_check(cudaLaunchKernelEx(&config, kernel, std::forward<Actual>(args)...), "kernel launch");
+  config.attrs = attributes;
+  if (pdl) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = unsigned(cluster);
+    attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
+    ++config.numAttrs;
+  }
+  cuda_check(cudaLaunchKernelEx(&config, kernel, values...), what);
 }
 
 }  // namespace q4s

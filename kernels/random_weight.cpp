@@ -31,8 +31,9 @@ void random_row(uint64_t seed, const WeightView& w, int64_t n, uint8_t* row, uin
           std::memcpy(row + 4 * j, &v, 4);
         } else {
           assert(w.format == Format::kF16 || w.format == Format::kBF16);
-          const uint16_t h =
-              w.format == Format::kF16 ? float_to_half(v) : uint16_t(std::bit_cast<uint32_t>(v) >> 16);  // truncated
+          const uint16_t h = w.format == Format::kF16
+                                 ? float_to_half(v)
+                                 : uint16_t(std::bit_cast<uint32_t>(v) >> 16);  // truncated
           std::memcpy(row + 2 * j, &h, 2);
         }
       }

@@ -36,14 +36,16 @@ __global__ void data_kernel(uint64_t seed, WeightView w, uint8_t* out, int64_t c
 __global__ void scales_kernel(uint64_t seed, WeightView w, uint16_t* scales, int64_t count) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, groups = (w.k + w.group - 1) / w.group;
   if (i < count)
-    scales[i] = __half_as_ushort(__float2half_rn(random_scale(seed, w.format, w.k, groups, i / groups, i % groups)));
+    scales[i] =
+        __half_as_ushort(__float2half_rn(random_scale(seed, w.format, w.k, groups, i / groups, i % groups)));
 }
 
 unsigned blocks(int64_t count) { return unsigned(ceil_div(count, kThreads)); }
 
 }  // namespace
 
-void random_weight_cuda(uint64_t seed, const WeightView& w, uint8_t* data, uint16_t* scales, cudaStream_t stream) {
+void random_weight_cuda(uint64_t seed, const WeightView& w, uint8_t* data, uint16_t* scales,
+                        cudaStream_t stream) {
   const int64_t count = w.n * (w.format == Format::kQ4 ? ceil_div(w.k, 2) : w.k);
   data_kernel<<<blocks(count), kThreads, 0, stream>>>(seed, w, data, count);
   if (w.group) {

@@ -1,6 +1,6 @@
-// Seeded random weights of any shape, the same on every backend, so that a benchmark needs no file and no host copy.
-// Each value is a function of (seed, row, column) alone. Weights are about normal(0, 1/sqrt(K)) in size, so that
-// activations keep theirs from layer to layer.
+// Seeded random weights of any shape, the same on every backend, so that a benchmark needs no file and no
+// host copy. Each value is a function of (seed, row, column) alone. Weights are about normal(0, 1/sqrt(K)) in
+// size, so that activations keep theirs from layer to layer.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -42,13 +42,16 @@ Q4S_HOST_DEVICE inline float random_dense(uint64_t seed, int64_t k, int64_t n, i
 }
 
 // Scale of group g of row n, of either sign; kQ4 and kQ8 codes have standard deviations 4.6 and 73.
-Q4S_HOST_DEVICE inline float random_scale(uint64_t seed, Format f, int64_t k, int64_t groups, int64_t n, int64_t g) {
+Q4S_HOST_DEVICE inline float random_scale(uint64_t seed, Format f, int64_t k, int64_t groups, int64_t n,
+                                          int64_t g) {
   const uint64_t bits = random_bits(~seed, uint64_t(n * groups + g));
-  const float size = (0.75f + float(bits >> 40) * (0.5f / 16777216.f)) / ((f == Format::kQ4 ? 4.6f : 73.f) * sqrtf(float(k)));
+  const float size = (0.75f + float(bits >> 40) * (0.5f / 16777216.f)) /
+                     ((f == Format::kQ4 ? 4.6f : 73.f) * sqrtf(float(k)));
   return bits & 1 ? -size : size;
 }
 
-// Row n in its storage format: row_bytes(f, k) bytes, and its scales (groups) for kQ4 and kQ8. Not for GGUF formats.
+// Row n in its storage format: row_bytes(f, k) bytes, and its scales (groups) for kQ4 and kQ8. Not for GGUF
+// formats.
 void random_row(uint64_t seed, const WeightView& w, int64_t n, uint8_t* row, uint16_t* scales);
 // The whole matrix in device memory, in the same order: data n * row_bytes(f, k) bytes, scales (n, groups).
 void random_weight_cuda(uint64_t seed, const WeightView&, uint8_t* data, uint16_t* scales, cudaStream_t);

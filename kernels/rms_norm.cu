@@ -33,12 +33,14 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormArgs a, __hal
 
 void rms_norm_cuda(const RmsNormArgs& a, cudaStream_t stream) {
   if (a.tokens == 0) return;
-  launch_pdl(rms_norm_kernel<false>, unsigned(a.tokens), kThreads, 0, stream, a, nullptr, int64_t(0));
+  launch("rms_norm", rms_norm_kernel<false>, unsigned(a.tokens), kThreads, 0, 1, true, stream, a, nullptr,
+         int64_t(0));
 }
 
 void rms_norm_f16_cuda(const RmsNormArgs& a, void* y16, int64_t ld, cudaStream_t stream) {
   if (a.tokens == 0) return;
-  launch_pdl(rms_norm_kernel<true>, unsigned(a.tokens), kThreads, 0, stream, a, static_cast<__half*>(y16), ld);
+  launch("rms_norm", rms_norm_kernel<true>, unsigned(a.tokens), kThreads, 0, 1, true, stream, a,
+         static_cast<__half*>(y16), ld);
 }
 
 }  // namespace q4s

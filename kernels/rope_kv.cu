@@ -49,7 +49,8 @@ __global__ void rope_kv_kernel(RopeKvArgs a) {
 void rope_kv_cuda(const RopeKvArgs& a, cudaStream_t stream) {
   if (a.tokens == 0) return;
   const int64_t pairs = (a.heads + 2 * a.kv_heads) * (a.head_dim / 2);
-  launch_pdl(rope_kv_kernel, dim3(unsigned(a.tokens), unsigned(ceil_div(pairs, kThreads))), kThreads, 0, stream, a);
+  launch("rope_kv", rope_kv_kernel, dim3(unsigned(a.tokens), unsigned(ceil_div(pairs, kThreads))), kThreads,
+         0, 1, true, stream, a);
 }
 
 }  // namespace q4s

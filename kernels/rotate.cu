@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(RotateArgs a) {
   for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
     const int64_t row = i / m * m, j = i % m;
     float sum = 0;
-    for (int64_t l = 0; l < m; ++l) sum += v[row + l] * (a.inverse ? a.factor[j * m + l] : a.factor[l * m + j]);
+    for (int64_t l = 0; l < m; ++l)
+      sum += v[row + l] * (a.inverse ? a.factor[j * m + l] : a.factor[l * m + j]);
     y[i] = sum * scale * (a.inverse ? a.signs[i] : 1);
   }
 }
@@ -40,10 +41,7 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(RotateArgs a) {
 void rotate_cuda(const RotateArgs& a, cudaStream_t stream) {
   if (a.tokens == 0) return;
   const size_t bytes = size_t(a.dim) * sizeof(float);
-  if (bytes > 48 * 1024)
-    cuda_check(cudaFuncSetAttribute(rotate_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
-               "rotate: a row in shared memory");
-  launch_pdl(rotate_kernel, unsigned(a.tokens), kThreads, bytes, stream, a);
+  launch("rotate", rotate_kernel, unsigned(a.tokens), kThreads, bytes, 1, true, stream, a);
 }
 
 }  // namespace q4s

@@ -20,7 +20,8 @@ __global__ void swiglu_kernel(SwigluArgs a) {
 
 void swiglu_cuda(const SwigluArgs& a, cudaStream_t stream) {
   if (a.tokens == 0) return;
-  launch_pdl(swiglu_kernel, dim3(unsigned(a.tokens), unsigned(ceil_div(a.hidden, kThreads))), kThreads, 0, stream, a);
+  launch("swiglu", swiglu_kernel, dim3(unsigned(a.tokens), unsigned(ceil_div(a.hidden, kThreads))), kThreads,
+         0, 1, true, stream, a);
 }
 
 }  // namespace q4s

@@ -20,29 +20,32 @@ __device__ __forceinline__ int64_t q4_packed_row(const Q4Layout& l, int64_t n) {
   return n;
 }
 
-__device__ __forceinline__ float q4_value(const DeviceMatrix& m, int64_t n, int64_t j) {
-  const Q4Layout& l = m.layout;
+// Element (n, j) of a weight in tiles of 4 or 8 bits.
+__device__ __forceinline__ float tile_value(const TiledWeight& w, int64_t n, int64_t j) {
+  const Q4Layout& l = w.layout;
   const int64_t p = q4_packed_row(l, n), tile = p / 16 * l.k_tiles() + j / 64;
-  const int r = int(p % 16), c = int(j % 16), lane = r % 8 * 4 + c % 8 / 2;
-  const uint32_t word = reinterpret_cast<const uint32_t*>(m.codes)[(tile * 32 + lane) * 4 + j % 64 / 16];
-  const int nibble = r / 8 + c / 8 * 2 + c % 2 * 4;
-  const float scale = __half2float(__ushort_as_half(m.scales[(p / 16 * l.groups() + j / l.group) * 16 + r]));
-  return scale * (float(word >> nibble * 4 & 15) - (m.view.grid == Grid::kInt ? 8.f : 7.5f));
+  const int r = int(p % 16), high = r / 8, c = int(j % 16), lane = r % 8 * 4 + c % 8 / 2,
+            step = int(j % 64 / 16);
+  const float scale = __half2float(__ushort_as_half(w.scales[(p / 16 * l.groups() + j / l.group) * 16 + r]));
+  if (l.bits == 8)
+    return scale * float(int8_t(w.codes[((tile * 2 + step / 2) * 32 + lane) * 16 + step % 2 * 8 + high * 4 +
+                                        c / 8 * 2 + c % 2]));
+  const uint32_t word = reinterpret_cast<const uint32_t*>(w.codes)[(tile * 32 + lane) * 4 + step];
+  const int nibble = high + c / 8 * 2 + c % 2 * 4;
+  return scale * (float(word >> nibble * 4 & 15) - (w.grid == Grid::kInt ? 8.f : 7.5f));
 }
 
 __device__ __forceinline__ float weight_value(const DeviceMatrix& m, int64_t n, int64_t j) {
-  const WeightView& w = m.view;
-  const int64_t i = n * w.k + j;
-  switch (w.format) {
-    case Format::kF32: return reinterpret_cast<const float*>(w.data)[i];
-    case Format::kF16: return __half2float(reinterpret_cast<const __half*>(w.data)[i]);
-    case Format::kBF16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(w.data)[i]);
-    case Format::kQ8: {
-      const int64_t groups = (w.k + w.group - 1) / w.group;
-      const float scale = __half2float(__ushort_as_half(w.scales[n * groups + j / w.group]));
-      return scale * float(reinterpret_cast<const int8_t*>(w.data)[i]);
-    }
-    default: return q4_value(m, n, j);
+  const int64_t i = n * m.view.k + j;
+  switch (m.view.format) {
+    case Format::kF32:
+      return reinterpret_cast<const float*>(m.view.data)[i];
+    case Format::kF16:
+      return __half2float(reinterpret_cast<const __half*>(m.view.data)[i]);
+    case Format::kBF16:
+      return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(m.view.data)[i]);
+    default:
+      return tile_value(m.tiles, n, j);
   }
 }
 

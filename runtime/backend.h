@@ -41,9 +41,11 @@ struct DecodeLoop {
   int64_t reach;                           // every position of the first step is below it
   int64_t steps;                           // how many to take at most
   SampleParams params;
-  std::span<const uint64_t> seeds;         // (T)
-  std::span<const int64_t> drawn;          // (T) tokens drawn before: where each row's random stream goes on
+  uint64_t seed = 0;
+  std::vector<uint64_t> sequences;         // (T) with the seed: the random stream of a row
+  std::vector<uint64_t> drawn;             // (T) tokens drawn before: where its stream goes on
   std::vector<std::vector<int32_t>> last;  // (T) the tokens before the first draw, for the penalties
+  std::vector<int32_t> banned;             // ids never to be drawn
 };
 // Tokens (T) drawn in step i, in order, some steps behind the device. False ends the run.
 using OnStep = std::function<bool(int64_t i, std::span<const int32_t> tokens)>;
@@ -66,7 +68,8 @@ class Backend {
 
   // Bytes of backend memory that w will take once loaded; 0 where its view is used in place.
   virtual size_t weight_bytes(const Weight& w) const = 0;
-  // Makes weights usable in graphs of this backend, in one allocation that goes with the last of them.
+  // Makes weights usable in graphs of this backend, in one allocation that goes with the last of them. Those that
+  // are loaded already are left alone: reset w.device where the values changed.
   virtual void load(std::span<Weight* const> weights, const LoadProgress& progress = nullptr) = 0;
   void load(Weight& w) {
     Weight* const one[] = {&w};

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/linear_decode.h"
 #include "runtime/weight.h"
 
 namespace q4s {
@@ -28,9 +29,6 @@ struct HeadShape {
   int layer = 0;  // which cache layer
   int64_t heads = 0, kv_heads = 0, head_dim = 0;
 };
-
-// What a fused linear does with its product before it is stored.
-enum class Epilogue : uint8_t { kNone, kSwiglu, kRopeKv };
 
 struct Tensor {
   Op op = Op::kInput;

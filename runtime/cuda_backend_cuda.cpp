@@ -1,0 +1,316 @@
+// The CUDA backend: one table of launchers, one row an operation, on one stream. Steps of few tokens are
+// captured once per (graph, counts, context bucket) and replayed. Kernels live in kernels/; nothing here
+// computes.
+#include <cuda_runtime_api.h>
+
+#include <bit>
+#include <map>
+#include <tuple>
+
+#include "kernels/attention.h"
+#include "kernels/convert.h"
+#include "kernels/cuda_check.h"
+#include "kernels/dense_cuda.h"
+#include "kernels/embed.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rotate.h"
+#include "kernels/swiglu.h"
+#include "runtime/error.h"
+#include "runtime/plan.h"
+#include "runtime/weights_cuda.h"
+
+namespace q4s {
+namespace {
+
+constexpr int64_t kReplayTokens = 64;  // steps up to here are replayed
+constexpr int64_t kFirstBucket = 256;  // context buckets: powers of two from here
+
+size_t aligned(int64_t bytes) { return size_t(round_up(bytes, int64_t(kArenaAlign))); }
+
+// Working memory of one node beside its inputs and result.
+struct Scratch {
+  int64_t norm = 0, product = 0;  // f32, of a fused linear that runs as its parts
+  size_t rest = 0;
+  size_t bytes() const { return aligned(norm * 4) + aligned(product * 4) + rest; }
+};
+
+Scratch scratch_of(const Tensor& t, int64_t rows) {
+  Scratch s;
+  if (t.op != Op::kLinear) return s;
+  if (t.gain) s.norm = rows * t.weight->view.k;
+  if (t.epilogue != Epilogue::kNone) s.product = rows * t.weight->view.n;
+  s.rest = DenseCuda::scratch_bytes(device_matrix_of(*t.weight).view, rows);
+  return s;
+}
+
+struct Step {
+  Counts counts;
+  const KvCache& kv;
+  std::byte* scratch;
+  cudaStream_t stream;
+  DenseCuda& dense;
+};
+
+const float* vector_of(const Weight& w) { return reinterpret_cast<const float*>(on_device(w).view.data); }
+
+void run_embed(Tensor& t, const Step& s) {
+  embed_cuda(on_device(*t.weight), t.src[0]->i32(), t.f32(), s.counts.of(t.rows), s.stream);
+}
+
+void run_gather(Tensor& t, const Step& s) {
+  DeviceMatrix rows;
+  rows.view = {.format = Format::kF32,
+               .n = s.counts.tokens,
+               .k = t.cols,
+               .data = reinterpret_cast<const uint8_t*>(t.src[0]->data)};
+  embed_cuda(rows, t.src[1]->i32(), t.f32(), s.counts.of(t.rows), s.stream);
+}
+
+void run_rms_norm(Tensor& t, const Step& s) {
+  rms_norm_cuda({t.src[0]->f32(), vector_of(*t.weight), t.f32(), s.counts.of(t.rows), t.cols, t.eps},
+                s.stream);
+}
+
+void rope_kv(const Tensor& t, const float* qkv, const Weight& table, float* q, const Step& s) {
+  rope_kv_cuda({qkv,
+                vector_of(table),
+                {t.src[1]->i32(), t.src[2]->i32()},
+                s.kv.layer(t.head.layer),
+                q,
+                s.counts.of(t.rows),
+                t.head.heads,
+                t.head.kv_heads,
+                t.head.head_dim},
+               s.stream);
+}
+
+// A linear of any form as its parts.
+void run_linear(Tensor& t, const Step& s) {
+  const int64_t rows = s.counts.of(t.rows);
+  const DeviceMatrix& w = on_device(*t.weight);
+  const Scratch size = scratch_of(t, rows);
+  float* norm = reinterpret_cast<float*>(s.scratch);
+  float* product = reinterpret_cast<float*>(s.scratch + aligned(size.norm * 4));
+  std::byte* rest = s.scratch + aligned(size.norm * 4) + aligned(size.product * 4);
+
+  const float* x = t.src[0]->f32();
+  if (t.gain) {
+    rms_norm_cuda({x, vector_of(*t.gain), norm, rows, w.view.k, t.eps}, s.stream);
+    x = norm;
+  }
+  if (t.epilogue == Epilogue::kNone) {
+    s.dense.linear(x, w, t.src[1] ? t.src[1]->f32() : nullptr, t.f32(), rows, rest);
+    return;
+  }
+  s.dense.linear(x, w, nullptr, product, rows, rest);
+  if (t.epilogue == Epilogue::kSwiglu)
+    swiglu_cuda({product, t.f32(), rows, t.cols}, s.stream);
+  else
+    rope_kv(t, product, *t.weight2, t.f32(), s);
+}
+
+void run_rope_kv(Tensor& t, const Step& s) { rope_kv(t, t.src[0]->f32(), *t.weight, t.f32(), s); }
+
+void run_attention(Tensor& t, const Step& s) {
+  attention_reference_cuda({t.src[0]->f32(),
+                            {t.src[1]->i32(), t.src[2]->i32()},
+                            s.kv.layer(t.head.layer),
+                            t.f32(),
+                            s.counts.of(t.rows),
+                            t.head.heads,
+                            t.head.kv_heads,
+                            t.head.head_dim,
+                            nullptr},
+                           s.stream);
+}
+
+void run_swiglu(Tensor& t, const Step& s) {
+  swiglu_cuda({t.src[0]->f32(), t.f32(), s.counts.of(t.rows), t.cols}, s.stream);
+}
+
+void run_rotate(Tensor& t, const Step& s) {
+  rotate_cuda({t.src[0]->f32(), vector_of(*t.weight), vector_of(*t.weight2), t.f32(), s.counts.of(t.rows),
+               t.cols, t.weight2->view.n, t.inverse},
+              s.stream);
+}
+
+using Run = void (*)(Tensor&, const Step&);
+constexpr Run kTable[] = {[](Tensor&, const Step&) {},
+                          run_embed,
+                          run_gather,
+                          run_rms_norm,
+                          run_linear,
+                          run_rope_kv,
+                          run_attention,
+                          run_swiglu,
+                          run_rotate};
+static_assert(std::size(kTable) == kOpCount, "an operation without a CUDA kernel");
+
+// Errors of the device leave as Error(kRuntime) that says what was being done.
+template <typename Fn>
+auto guarded(const std::string& what, const Fn& fn) {
+  try {
+    return fn();
+  } catch (const CudaError& e) {
+    if (e.code == cudaErrorMemoryAllocation) throw Error(ErrorKind::kResource, what + ": " + e.what());
+    throw Error(ErrorKind::kRuntime, "GPU: " + what + ": " + e.what());
+  }
+}
+
+// Everything that a captured step depends on.
+using StepKey = std::tuple<const Graph*, int64_t, int64_t, int64_t, const std::byte*, const std::byte*>;
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(int device)
+      : device_(choose(device)),
+        stream_(make_stream()),
+        loader_(pool_, stream_.get()),
+        dense_(stream_.get()) {}
+  ~CudaBackend() override { (void)cudaStreamSynchronize(stream_.get()); }
+
+  std::string name() const override { return "cuda"; }
+  std::string describe() const override {
+    int driver = 0;
+    (void)cudaDriverGetVersion(&driver);
+    return std::string(device_.name) + ", sm_" + std::to_string(device_.major * 10 + device_.minor) + ", " +
+           std::to_string(device_.totalGlobalMem >> 30) + " GiB, driver for CUDA " +
+           std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
+  }
+  ThreadPool& pool() override { return pool_; }
+
+  std::byte* allocate(size_t bytes, const std::string& purpose) override {
+    return guarded("allocation", [&] { return static_cast<std::byte*>(cuda_take(bytes, purpose)); });
+  }
+  void release(std::byte* p) override {
+    steps_.clear();  // captured steps may point into it
+    (void)cudaStreamSynchronize(stream_.get());
+    (void)cudaFree(p);
+  }
+  void write(std::byte* to, const void* from, size_t bytes) override {
+    guarded("write", [&] {
+      cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_.get()),
+                 "copy to the device");
+    });
+  }
+  void read(void* to, const std::byte* from, size_t bytes) override {
+    guarded("read", [&] {
+      cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_.get()),
+                 "copy from the device");
+      cuda_check(cudaStreamSynchronize(stream_.get()), "running the step");
+    });
+  }
+
+  size_t weight_bytes(const Weight& w) const override { return device_bytes(device_matrix_of(w)); }
+  void load(std::span<Weight* const> weights, const LoadProgress& progress) override {
+    guarded("loading weights", [&] { loader_.load(weights, progress); });
+  }
+
+  bool fuses() const override { return true; }
+  double read_bandwidth() override { return 0; }
+
+  size_t scratch_bytes(const Graph& g) override {
+    size_t most = 0;
+    for (const auto& n : g.nodes()) most = std::max(most, scratch_of(*n, g.max().of(n->rows)).bytes());
+    return most;
+  }
+
+  void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
+           const Observer* observer) override {
+    const Step step{counts, kv, scratch, stream_.get(), dense_};
+    if (!observer && counts.tokens <= kReplayTokens) {
+      guarded("a step of " + std::to_string(counts.tokens) + " tokens",
+              [&] { cuda_check(cudaGraphLaunch(captured(g, step), stream_.get()), "graph launch"); });
+      return;
+    }
+    for (const auto& n : g.nodes()) {
+      if (observer && *observer) (*observer)(*n);
+      launch(*n, step);
+    }
+  }
+
+ private:
+  struct StreamDeleter {
+    void operator()(cudaStream_t s) const { (void)cudaStreamDestroy(s); }
+  };
+  using Stream = std::unique_ptr<CUstream_st, StreamDeleter>;
+  struct GraphDeleter {
+    void operator()(cudaGraphExec_t g) const { (void)cudaGraphExecDestroy(g); }
+  };
+  using Captured = std::unique_ptr<CUgraphExec_st, GraphDeleter>;
+
+  static cudaDeviceProp choose(int device) {
+    const auto none = [](const std::string& why) {
+      return Error(ErrorKind::kNoDevice, "no usable GPU: " + why);
+    };
+    int count = 0;
+    if (const cudaError_t e = cudaGetDeviceCount(&count); e != cudaSuccess) throw none(cudaGetErrorString(e));
+    if (device >= count)
+      throw none("device " + std::to_string(device) + " of " + std::to_string(count) + " was asked for");
+    cudaDeviceProp p;
+    cudaError_t e = cudaSetDevice(device);
+    if (e == cudaSuccess) e = cudaGetDeviceProperties(&p, device);
+    if (e == cudaSuccess) e = cudaError_t(probe_kernel_image());
+    if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction)
+      throw none(std::string(p.name) + " (sm_" + std::to_string(p.major * 10 + p.minor) +
+                 ") is not among those that this program was built for");
+    if (e != cudaSuccess) throw none(cudaGetErrorString(e));
+    return p;
+  }
+  static Stream make_stream() {
+    cudaStream_t s = nullptr;
+    cuda_check(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "stream");
+    return Stream(s);
+  }
+
+  static void launch(Tensor& t, const Step& s) {
+    guarded(std::string(op_name(t.op)) + " " + t.name, [&] { kTable[int(t.op)](t, s); });
+  }
+
+  // The step with positions below `reach`, as an executable graph.
+  cudaGraphExec_t captured(const Graph& g, Step step) {
+    int64_t& reach = step.counts.reach;
+    reach = reach ? std::min(step.kv.ctx, std::max(kFirstBucket, int64_t(std::bit_ceil(uint64_t(reach)))))
+                  : step.kv.ctx;
+    Captured& found =
+        steps_[{&g, step.counts.tokens, step.counts.outputs, reach, step.kv.base, step.scratch}];
+    if (found) return found.get();
+    cudaGraph_t graph = nullptr;
+    cuda_check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "capture");
+    try {
+      for (const auto& n : g.nodes()) launch(*n, step);
+    } catch (...) {
+      (void)cudaStreamEndCapture(stream_.get(), &graph);
+      if (graph) (void)cudaGraphDestroy(graph);
+      throw;
+    }
+    cuda_check(cudaStreamEndCapture(stream_.get(), &graph), "capture");
+    cudaGraphExec_t exec = nullptr;
+    const cudaError_t e = cudaGraphInstantiate(&exec, graph, 0);
+    (void)cudaGraphDestroy(graph);
+    cuda_check(e, "graph instantiation");
+    found.reset(exec);
+    return exec;
+  }
+
+  cudaDeviceProp device_;
+  ThreadPool pool_;
+  Stream stream_;
+  CudaLoader loader_;
+  DenseCuda dense_;
+  std::map<StepKey, Captured> steps_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cuda_backend(int device) {
+  try {
+    return std::make_unique<CudaBackend>(device);
+  } catch (const Error&) {
+    throw;
+  } catch (const std::runtime_error& e) {
+    throw Error(ErrorKind::kNoDevice, std::string("no usable GPU: ") + e.what());
+  }
+}
+
+}  // namespace q4s
