@@ -57,8 +57,8 @@ class BpeTokenizer final : public Tokenizer {
 
  protected:
   void encode_text(std::string_view text, bool, std::vector<int32_t>& out) const override {
-    Seen seen;
-    split(text, 0, seen, out);
+    WordCache words;
+    split(text, 0, words, out);
   }
   int32_t byte_id(uint8_t byte) const override { return byte_ids_[byte]; }
 
@@ -67,28 +67,16 @@ class BpeTokenizer final : public Tokenizer {
     uint32_t rank;
     int32_t id;
   };
-  // Where the ids of a word met before lie in the output: text repeats its words, and no state outlives the
-  // call.
-  using Seen = std::unordered_map<std::string_view, std::pair<size_t, size_t>>;
-
   static uint64_t key(int32_t left, int32_t right) {
     return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
   }
 
-  void split(std::string_view text, size_t level, Seen& seen, std::vector<int32_t>& out) const {
+  void split(std::string_view text, size_t level, WordCache& words, std::vector<int32_t>& out) const {
     if (level < splits_.size()) {
-      splits_[level].split(text, [&](std::string_view piece) { split(piece, level + 1, seen, out); });
+      splits_[level].split(text, [&](std::string_view piece) { split(piece, level + 1, words, out); });
       return;
     }
-    const auto [place, is_new] = seen.try_emplace(text, out.size(), 0);
-    if (is_new) {
-      merge_word(text, out);
-      place->second.second = out.size() - place->second.first;
-    } else {
-      const auto [begin, count] = place->second;
-      out.reserve(out.size() + count);
-      std::copy_n(out.begin() + static_cast<ptrdiff_t>(begin), count, std::back_inserter(out));
-    }
+    words.append(text, out, [&] { merge_word(text, out); });
   }
 
   void merge_word(std::string_view word, std::vector<int32_t>& out) const {

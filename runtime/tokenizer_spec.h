@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -57,6 +58,27 @@ extern const char* const kDigitSplit;
 
 std::unique_ptr<Tokenizer> make_sentencepiece(TokenizerSpec spec);
 std::unique_ptr<Tokenizer> make_bpe(TokenizerSpec spec);
+
+// The words of one text and where in the output their ids lie: text repeats its words, and a copy is cheaper
+// than a merge. Lives for one call; words are views into the text.
+class WordCache {
+ public:
+  // Appends the ids of word: copied from where it was met before, else by encode().
+  template <class Encode>
+  void append(std::string_view word, std::vector<int32_t>& out, const Encode& encode) {
+    const auto [place, is_new] = seen_.try_emplace(word, out.size(), 0);
+    if (is_new) {
+      encode();
+      place->second.second = out.size() - place->second.first;
+      return;
+    }
+    const auto [begin, count] = place->second;
+    for (size_t i = begin; i < begin + count; ++i) out.push_back(out[i]);
+  }
+
+ private:
+  std::unordered_map<std::string_view, std::pair<size_t, size_t>> seen_;  // begin, count
+};
 
 // Ids of control tokens whose name says that a text ends there, joined to spec.eos, which is then sorted.
 void add_known_ends(TokenizerSpec& spec);

@@ -18,34 +18,22 @@ constexpr std::string_view kSpace = "\u2581";  // how sentencepiece writes a spa
   throw Error(ErrorKind::kInput, "sentencepiece model: " + what);
 }
 
-// Field numbers of sentencepiece_model.proto (Apache-2.0), as far as they are needed here.
-enum Field : uint32_t {
-  kPieces = 1,
-  kTrainerSpec = 2,
-  kNormalizerSpec = 3,  // ModelProto
-  kPieceText = 1,
-  kPieceScore = 2,
-  kPieceType = 3,  // ModelProto.SentencePiece
+// Field numbers of sentencepiece_model.proto (Apache-2.0), message by message, as far as they are needed
+// here.
+enum ModelField : uint32_t { kPieces = 1, kTrainer = 2, kNormalizer = 3 };
+enum PieceField : uint32_t { kText = 1, kScore = 2, kType = 3 };
+enum TrainerField : uint32_t {
   kModelType = 3,
   kVocabSize = 4,
   kByteFallback = 35,
-  kUnkId = 40,
-  kBosId = 41,
-  kEosId = 42,
-  kPadId = 43,
-  kName = 1,
-  kAddDummyPrefix = 3,
-  kRemoveExtraWhitespaces = 4,  // NormalizerSpec
+  kUnknownId = 40,
+  kBosId,
+  kEosId,
+  kPadId
 };
+enum NormalizerField : uint32_t { kName = 1, kCharsmap = 2, kDummyPrefix = 3, kRemoveExtraSpaces = 4 };
 constexpr uint64_t kModelTypeBpe = 2;
-enum PieceType : int32_t {
-  kNormal = 1,
-  kUnknown = 2,
-  kControl = 3,
-  kUserDefined = 4,
-  kUnused = 5,
-  kByte = 6
-};
+enum PieceType : int32_t { kNormal = 1, kUnknown, kControl, kUserDefined, kUnused, kByte };
 
 class ProtoWriter {
  public:
@@ -119,10 +107,10 @@ ProtoField find_field(std::string_view message, uint32_t field) {
 std::unique_ptr<sentencepiece::SentencePieceProcessor> load(const std::string& proto) {
   // LLaMA's reference tokenizers keep every space and put one in front themselves; a later field of a message
   // overrides an earlier one, so that the model's own normalizer settings need no rewriting.
-  const ProtoWriter plain = ProtoWriter().number(kAddDummyPrefix, 0).number(kRemoveExtraWhitespaces, 0);
+  const ProtoWriter plain = ProtoWriter().number(kDummyPrefix, 0).number(kRemoveExtraSpaces, 0);
   auto processor = std::make_unique<sentencepiece::SentencePieceProcessor>();
   const auto status =
-      processor->LoadFromSerializedProto(proto + ProtoWriter().bytes(kNormalizerSpec, plain.str()).str());
+      processor->LoadFromSerializedProto(proto + ProtoWriter().bytes(kNormalizer, plain.str()).str());
   if (!status.ok()) fail(status.message());
   return processor;
 }
@@ -148,21 +136,46 @@ class SentencePieceTokenizer final : public Tokenizer {
     for (int id = 0; id < processor_->GetPieceSize(); ++id) {
       if (processor_->IsByte(id)) byte_ids_[static_cast<uint8_t>(token_bytes(id)[0])] = id;
     }
+    // Words can be cut one by one, to the same ids, where no piece goes on beyond the end of a word, text is
+    // not rewritten before it is cut, and nothing is unknown (neighbouring unknowns become one).
+    const std::string_view normalizer = find_field(this->spec().sentencepiece, kNormalizer).bytes;
+    words_apart_ = find_field(normalizer, kCharsmap).bytes.empty() && byte_ids_[0] >= 0;
+    for (int id = 0; id < processor_->GetPieceSize() && words_apart_; ++id) {
+      const std::string& piece = token_bytes(id);
+      words_apart_ = is_special(id) || word_size(piece) == piece.size();
+    }
   }
 
  protected:
   void encode_text(std::string_view text, bool at_start, std::vector<int32_t>& out) const override {
-    std::vector<int> ids;
-    const auto status = processor_->Encode(
-        at_start && spec().space_prefix ? std::string(kSpace).append(text) : std::string(text), &ids);
-    if (!status.ok()) throw Error(ErrorKind::kRuntime, "sentencepiece: " + std::string(status.message()));
-    out.insert(out.end(), ids.begin(), ids.end());
+    const std::string whole =
+        at_start && spec().space_prefix ? std::string(kSpace).append(text) : std::string(text);
+    WordCache words;
+    for (std::string_view rest = whole; !rest.empty();) {
+      const std::string_view word = rest.substr(0, words_apart_ ? word_size(rest) : rest.size());
+      words.append(word, out, [&] {
+        std::vector<int> ids;
+        const auto status = processor_->Encode(word, &ids);
+        if (!status.ok()) throw Error(ErrorKind::kRuntime, std::string("sentencepiece: ") + status.message());
+        out.insert(out.end(), ids.begin(), ids.end());
+      });
+      rest.remove_prefix(word.size());
+    }
   }
   int32_t byte_id(uint8_t byte) const override { return byte_ids_[byte]; }
 
  private:
+  // Up to the first space that follows something else.
+  static size_t word_size(std::string_view text) {
+    for (size_t i = 1; i < text.size(); ++i) {
+      if (text[i] == ' ' && text[i - 1] != ' ' && !text.substr(0, i).ends_with(kSpace)) return i;
+    }
+    return text.size();
+  }
+
   std::unique_ptr<sentencepiece::SentencePieceProcessor> processor_;
   std::array<int32_t, 256> byte_ids_;
+  bool words_apart_;
 };
 
 }  // namespace
@@ -185,7 +198,7 @@ std::string write_sentencepiece(const GgufVocab& vocab) {
     if (type == kUnknown) unknown = id;
     bytes |= type == kByte;
     ProtoWriter piece;
-    piece.bytes(kPieceText, vocab.tokens[id]).real(kPieceScore, vocab.scores[id]).number(kPieceType, type);
+    piece.bytes(kText, vocab.tokens[id]).real(kScore, vocab.scores[id]).number(kType, type);
     model.bytes(kPieces, piece.str());
   }
   ProtoWriter trainer;
@@ -193,10 +206,10 @@ std::string write_sentencepiece(const GgufVocab& vocab) {
       .number(kVocabSize, vocab.tokens.size())
       .number(kByteFallback, bytes);
   const uint64_t none = ~uint64_t{0};
-  trainer.number(kUnkId, unknown).number(kBosId, none).number(kEosId, none).number(kPadId, none);
+  trainer.number(kUnknownId, unknown).number(kBosId, none).number(kEosId, none).number(kPadId, none);
   ProtoWriter normalizer;
-  normalizer.bytes(kName, "identity").number(kAddDummyPrefix, vocab.add_space_prefix.value_or(true));
-  return model.bytes(kTrainerSpec, trainer.str()).bytes(kNormalizerSpec, normalizer.str()).str();
+  normalizer.bytes(kName, "identity").number(kDummyPrefix, vocab.add_space_prefix.value_or(true));
+  return model.bytes(kTrainer, trainer.str()).bytes(kNormalizer, normalizer.str()).str();
 }
 
 void describe_sentencepiece(TokenizerSpec& spec) {
@@ -208,8 +221,8 @@ void describe_sentencepiece(TokenizerSpec& spec) {
   }
   spec.bos = processor->bos_id();
   if (processor->eos_id() >= 0) spec.eos.push_back(processor->eos_id());
-  const ProtoField normalizer = find_field(spec.sentencepiece, kNormalizerSpec);
-  const ProtoField prefix = find_field(normalizer.bytes, kAddDummyPrefix);
+  const ProtoField normalizer = find_field(spec.sentencepiece, kNormalizer);
+  const ProtoField prefix = find_field(normalizer.bytes, kDummyPrefix);
   spec.space_prefix = !prefix.found || prefix.number != 0;  // the proto's default is true
 }
 

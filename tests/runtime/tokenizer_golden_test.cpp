@@ -4,7 +4,7 @@
 #include <stdio.h>
 
 #include <array>
-#include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -38,6 +38,25 @@ std::vector<std::unique_ptr<Tokenizer>> with_copy(std::unique_ptr<Tokenizer> tok
   both.push_back(Tokenizer::parse(bytes));
   CHECK(both[1]->serialize() == bytes);
   return both;
+}
+
+// llama.cpp's test files: texts between separators, one line of ids each. Returns how many.
+int check_cases(const Tokenizer& tokenizer, const std::string& texts, const std::string& lines) {
+  const std::string separator = "\n__ggml_vocab_test__\n";
+  std::istringstream out(lines);
+  int cases = 0;
+  size_t begin = 0;
+  for (std::string line; begin != std::string::npos && std::getline(out, line); ++cases) {
+    const size_t end = texts.find(separator, begin);
+    const std::string text = texts.substr(begin, end == std::string::npos ? end : end - begin);
+    std::istringstream numbers(line);
+    const Ids expected{std::istream_iterator<int32_t>(numbers), {}};
+    CAPTURE(text);
+    CHECK(tokenizer.encode(text, false) == expected);
+    CHECK(tokenizer.decode(expected) == text);
+    begin = end == std::string::npos ? end : end + separator.size();
+  }
+  return cases;
 }
 
 }  // namespace
@@ -116,21 +135,35 @@ TEST_CASE("LLaMA 2 from tokenizer.model and from the same vocabulary as GGUF key
   }
   for (auto& more : with_copy(Tokenizer::from_gguf(vocab))) tokenizers.push_back(std::move(more));
 
-  const std::string text = read_file(stem + ".inp.txt"), separator = "\n__ggml_vocab_test__\n";
+  // One unused piece that spans words forbids to cut text into words first: the ids must not change.
+  vocab.tokens.push_back("q\u2581q");
+  vocab.types.push_back(5);
+  vocab.scores.push_back(0);
+  tokenizers.push_back(Tokenizer::from_gguf(vocab));
+  if (const std::string wiki = shared_data("text/wiki.test.raw"); !wiki.empty()) {
+    const std::string text = read_file(wiki).substr(0, 200000);
+    const Ids ids = tokenizers[0]->encode(text, false);
+    for (const auto& tokenizer : tokenizers) CHECK(tokenizer->encode(text, false) == ids);
+    CHECK(tokenizers[0]->decode(ids) == text);
+  }
+
   for (const auto& tokenizer : tokenizers) {
-    std::istringstream out(read_file(stem + ".out.txt"));
-    size_t begin = 0, cases = 0;
-    for (std::string line; begin != std::string::npos && std::getline(out, line); ++cases) {
-      const size_t end = text.find(separator, begin);
-      const std::string part = text.substr(begin, end == std::string::npos ? end : end - begin);
-      std::istringstream numbers(line);
-      const Ids expected{std::istream_iterator<int32_t>(numbers), {}};
-      CAPTURE(part);
-      CHECK(tokenizer->encode(part, false) == expected);
-      CHECK(tokenizer->decode(expected) == part);
-      begin = end == std::string::npos ? end : end + separator.size();
-    }
-    CHECK(cases == 46);
+    CHECK(check_cases(*tokenizer, read_file(stem + ".inp.txt"), read_file(stem + ".out.txt")) == 46);
     CHECK(tokenizer->eos_ids() == Ids{2});
+  }
+}
+
+// Files models/ggml-vocab-*.gguf, .gguf.inp and .gguf.out of llama.cpp (MIT), not part of the data folder.
+TEST_CASE("llama.cpp's vocabularies of LLaMA 2, Llama 3 and GPT-2") {
+  const char* folder = std::getenv("Q4S_GGUF_VOCABS");
+  if (folder == nullptr) {
+    std::printf("SKIPPED: no llama.cpp vocabularies (set Q4S_GGUF_VOCABS to their folder)\n");
+    return;
+  }
+  for (const char* name : {"llama-spm", "llama-bpe", "gpt-2"}) {
+    const std::string path = std::string(folder) + "/ggml-vocab-" + name + ".gguf";
+    for (const auto& tokenizer : with_copy(Tokenizer::from_gguf(gguf_vocab(Gguf::open(path))))) {
+      CHECK(check_cases(*tokenizer, read_file(path + ".inp"), read_file(path + ".out")) == 46);
+    }
   }
 }
