@@ -2,7 +2,9 @@
 #include "runtime/sampler.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "kernels/philox.h"
@@ -14,6 +16,19 @@ namespace {
 void check_range(const char* option, double value, double low, double high, const char* range) {
   if (value >= low && value <= high) return;  // false for NaN
   throw Error(ErrorKind::kUsage, std::string(option) + " " + std::to_string(value) + ": must be " + range);
+}
+
+// In lanes, so that the compiler may vectorise: a single running maximum it has to leave alone.
+float highest(std::span<const float> values) {
+  constexpr size_t kLanes = 16;
+  std::array<float, kLanes> lanes;
+  lanes.fill(-INFINITY);
+  size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes) {
+    for (size_t j = 0; j < kLanes; ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
+  }
+  for (; i < values.size(); ++i) lanes[0] = std::max(lanes[0], values[i]);
+  return *std::max_element(lanes.begin(), lanes.end());
 }
 
 }  // namespace
@@ -45,59 +60,69 @@ void Sampler::accept(int32_t id) {
 }
 
 int32_t Sampler::sample(std::span<const float> logits) {
-  candidates_.resize(logits.size());
-  for (size_t id = 0; id < logits.size(); ++id) {
-    if (!std::isfinite(logits[id])) {
-      throw Error(ErrorKind::kRuntime, "the model gave a logit of " + std::to_string(logits[id]) +
-                                           " for token " + std::to_string(id));
-    }
-    candidates_[id] = {logits[id], static_cast<int32_t>(id)};
+  int infinite = 0;  // a sum over all, so that the loop has no branch
+  for (float logit : logits) infinite += !(std::abs(logit) <= std::numeric_limits<float>::max());
+  if (infinite > 0) {
+    const size_t id =
+        std::find_if_not(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }) -
+        logits.begin();
+    throw Error(ErrorKind::kRuntime, "the model gave a logit of " + std::to_string(logits[id]) +
+                                         " for token " + std::to_string(id));
   }
+  logits_.assign(logits.begin(), logits.end());
   for (auto [id, count] : counts_) {
     if (id < 0 || static_cast<size_t>(id) >= logits.size()) continue;
-    float& logit = candidates_[id].logit;
+    float& logit = logits_[id];
     logit = logit > 0 ? logit / options_.repeat_penalty : logit * options_.repeat_penalty;
     logit -= options_.presence_penalty + options_.frequency_penalty * static_cast<float>(count);
   }
   for (int32_t id : options_.banned) {
-    if (id >= 0 && static_cast<size_t>(id) < logits.size()) candidates_[id].logit = -INFINITY;
+    if (id >= 0 && static_cast<size_t>(id) < logits.size()) logits_[id] = -INFINITY;
   }
-  std::erase_if(candidates_, [](const Candidate& candidate) { return candidate.logit == -INFINITY; });
-  if (candidates_.empty()) throw Error(ErrorKind::kRuntime, "no token is left to sample from");
+  const float top = highest(logits_);
+  if (top == -INFINITY) throw Error(ErrorKind::kRuntime, "no token is left to sample from");
+  const auto likeliest =
+      static_cast<int32_t>(std::find(logits_.begin(), logits_.end(), top) - logits_.begin());
+  if (options_.temperature == 0) return likeliest;
 
-  auto better = [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+  candidates_.clear();
+  for (size_t id = 0; id < logits_.size(); ++id) {
+    if (logits_[id] > -INFINITY) candidates_.push_back({logits_[id], static_cast<int32_t>(id)});
+  }
+  // Puts the best into order up to `end`; those before `sorted` are in order already.
+  size_t sorted = 0;
+  auto sort_to = [&](size_t end) {
+    std::partial_sort(candidates_.begin() + sorted, candidates_.begin() + end, candidates_.end(),
+                      [](const Candidate& a, const Candidate& b) {
+                        return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+                      });
+    sorted = end;
   };
-  const Candidate best = *std::min_element(candidates_.begin(), candidates_.end(), better);
-  if (options_.temperature == 0) return best.id;
-
-  const auto k = static_cast<size_t>(options_.top_k);
-  const bool cut_k = k > 0 && k < candidates_.size();
-  if (cut_k) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + options_.top_k, candidates_.end(), better);
+  if (const auto k = static_cast<size_t>(options_.top_k); k > 0 && k < candidates_.size()) {
+    sort_to(k);
     candidates_.resize(k);
   }
-  if (cut_k || options_.top_p < 1) std::sort(candidates_.begin(), candidates_.end(), better);
   if (options_.top_p < 1) {
-    const double enough = options_.top_p * weigh(best.logit, 1.0f);
+    const double enough = options_.top_p * weigh(top, 1.0f);
     size_t kept = 0;
-    for (double sum = 0; kept < candidates_.size() && (kept == 0 || sum < enough); ++kept)
-      sum += weights_[kept];
+    for (double sum = 0; kept < candidates_.size() && (kept == 0 || sum < enough); ++kept) {
+      if (kept == sorted) sort_to(std::min(candidates_.size(), 4 * sorted + 64));
+      sum += std::exp(candidates_[kept].logit - top);
+    }
     candidates_.resize(kept);
   }
   if (options_.min_p > 0) {
-    const float least = best.logit + std::log(options_.min_p);
+    const float least = top + std::log(options_.min_p);
     std::erase_if(candidates_, [&](const Candidate& candidate) { return candidate.logit < least; });
   }
 
-  const double target =
-      philox_uniform(options_.seed, sequence_, step_++) * weigh(best.logit, options_.temperature);
+  const double target = philox_uniform(options_.seed, sequence_, step_++) * weigh(top, options_.temperature);
   double sum = 0;
   for (size_t i = 0; i < candidates_.size(); ++i) {
     sum += weights_[i];
     if (sum > target) return candidates_[i].id;
   }
-  return best.id;  // only if every other weight vanished in rounding
+  return likeliest;  // only if every other weight vanished in rounding
 }
 
 double Sampler::weigh(float top, float temperature) {

@@ -47,6 +47,7 @@ class Sampler {
   uint64_t sequence_, step_ = 0;
   std::vector<int32_t> history_;             // what was accepted, for the window's trailing end
   std::unordered_map<int32_t, int> counts_;  // occurrences within the window
+  std::vector<float> logits_;                // scratch (vocab): after penalties
   std::vector<Candidate> candidates_;        // scratch, at most vocab
   std::vector<float> weights_;               // scratch, as long as candidates_
 };
