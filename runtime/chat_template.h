@@ -1,5 +1,6 @@
 // Chat formats: a list of messages becomes token ids that end where the assistant's reply begins. Three
-// formats are known and recognised from what the model brings; Jinja is not interpreted.
+// formats are known and recognised from what the model brings; Jinja is not interpreted (of Llama 3.1's
+// template this leaves out the date that it puts into a system message).
 #pragma once
 #include <cstdint>
 #include <span>

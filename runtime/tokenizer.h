@@ -59,6 +59,7 @@ class Tokenizer {
   // but for two cases the formats cannot express: sentencepiece writes a space as U+2581, so that U+2581
   // itself comes back as a space, and a byte-level vocabulary may lack tokens for rare bytes (SmolLM2 lacks
   // 21): such a character is dropped, as every implementation does, and such an invalid byte becomes U+FFFD.
+  // A model's NFC normalizer is left out for the same reason: text that is not composed stays as it is.
   std::vector<int32_t> encode(std::string_view text, bool parse_special) const;
   // encode(), with one BOS in front if the model adds it and the text has not brought its own.
   std::vector<int32_t> encode_prompt(std::string_view text, bool parse_special) const;
