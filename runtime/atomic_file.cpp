@@ -28,7 +28,9 @@ void check_output(const std::string& path, bool force, std::span<const std::stri
   const auto refuse = [&](const std::string& why) { throw Error(ErrorKind::kUsage, path + ": " + why); };
   struct stat folder;
   if (path.empty()) refuse("the name of the output is empty");
-  if (stat(folder_of(path).c_str(), &folder) != 0) refuse("its folder cannot be used: " + std::string(strerror(errno)));
+  if (stat(folder_of(path).c_str(), &folder) != 0) {
+    refuse("its folder cannot be used: " + std::string(strerror(errno)));
+  }
   if (!S_ISDIR(folder.st_mode)) refuse(folder_of(path) + " is not a folder");
 
   struct stat target;
@@ -40,7 +42,8 @@ void check_output(const std::string& path, bool force, std::span<const std::stri
   if (!S_ISREG(target.st_mode)) refuse("is not a regular file");
   for (const std::string& input : inputs) {
     struct stat source;
-    if (stat(input.c_str(), &source) == 0 && source.st_dev == target.st_dev && source.st_ino == target.st_ino) {
+    if (stat(input.c_str(), &source) == 0 && source.st_dev == target.st_dev &&
+        source.st_ino == target.st_ino) {
       refuse("is the input " + input + " itself");
     }
   }
@@ -50,8 +53,8 @@ void check_output(const std::string& path, bool force, std::span<const std::stri
 OutputFile::OutputFile(const std::string& path, bool keep_bytes) : path_(path) {
   fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | (keep_bytes ? 0 : O_TRUNC), 0666);
   if (fd_ < 0) {
-    const bool usage = errno == EACCES || errno == EPERM || errno == EROFS || errno == ENOENT || errno == ENOTDIR ||
-                       errno == EISDIR || errno == ENAMETOOLONG || errno == ELOOP;
+    const bool usage = errno == EACCES || errno == EPERM || errno == EROFS || errno == ENOENT ||
+                       errno == ENOTDIR || errno == EISDIR || errno == ENAMETOOLONG || errno == ELOOP;
     throw Error(usage ? ErrorKind::kUsage : ErrorKind::kResource,
                 path + ": cannot be opened for writing: " + strerror(errno));
   }

@@ -1,5 +1,5 @@
-// Writing files so that a reader sees the old one or the whole new one, never a part: a temporary file beside the
-// target, every write checked, fsync, rename, fsync of the folder.
+// Writing files so that a reader sees the old one or the whole new one, never a part: a temporary file beside
+// the target, every write checked, fsync, rename, fsync of the folder.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,8 +14,8 @@ namespace q4s {
 // exists and `force` is not given, or it is the same file (inode) as one of `inputs`, whatever `force` says.
 void check_output(const std::string& path, bool force, std::span<const std::string> inputs = {});
 
-// A file written front to back through a buffer. Failing to open it is Error(kUsage) when path or permissions are
-// to blame; everything else is Error(kResource) naming path and reason (disk full, quota, EIO).
+// A file written front to back through a buffer. Failing to open it is Error(kUsage) when path or permissions
+// are to blame; everything else is Error(kResource) naming path and reason (disk full, quota, EIO).
 class OutputFile {
  public:
   OutputFile() = default;
@@ -26,11 +26,11 @@ class OutputFile {
 
   void write(const void* data, size_t bytes);
   void rewrite(uint64_t offset, const void* data, size_t bytes);  // over bytes already written
-  void cut(uint64_t bytes);                                       // forget what follows; goes on writing there
-  void sync();                                                    // on the disk when this returns
-  uint64_t position() const { return position_; }                 // bytes written so far
+  void cut(uint64_t bytes);                        // forget what follows; goes on writing there
+  void sync();                                     // on the disk when this returns
+  uint64_t position() const { return position_; }  // bytes written so far
   bool is_open() const { return fd_ >= 0; }
-  bool failed() const { return failed_; }                         // an Error(kResource) was thrown
+  bool failed() const { return failed_; }  // an Error(kResource) was thrown
   // False when another process holds the file, or it is no longer the file at its path.
   bool lock();
 

@@ -11,8 +11,8 @@
 namespace q4s {
 
 const char* const kPickleAdvice =
-    "pickle is never opened here, because loading it can run any code; convert the model to safetensors where you "
-    "trust it, e.g. python3 -c \"from transformers import AutoModelForCausalLM as M; "
+    "pickle is never opened here, because loading it can run any code; convert the model to safetensors "
+    "where you trust it, e.g. python3 -c \"from transformers import AutoModelForCausalLM as M; "
     "M.from_pretrained('DIR').save_pretrained('OUT', safe_serialization=True)\"";
 
 FileKind file_kind(std::span<const uint8_t> bytes) {

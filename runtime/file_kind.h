@@ -30,7 +30,8 @@ const char* describe(FileKind);
 
 // Throws Error(kInput): "PATH: not EXPECTED; it seems to be an HTML page ...: download it again".
 // expected: "a .q4s file".
-[[noreturn]] void refuse_kind(const std::string& path, std::span<const uint8_t> bytes, const std::string& expected);
+[[noreturn]] void refuse_kind(const std::string& path, std::span<const uint8_t> bytes,
+                              const std::string& expected);
 
 // How to turn a PyTorch checkpoint into safetensors; ends the message about a folder that has only pickle.
 extern const char* const kPickleAdvice;

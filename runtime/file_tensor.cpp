@@ -41,7 +41,8 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 }
 
 int64_t tensor_bytes(Format format, int64_t n, int64_t k) {
-  const bool blocks = format == Format::kGgufQ8_0 || format == Format::kGgufQ4_0 || format == Format::kGgufQ4_1;
+  const bool blocks =
+      format == Format::kGgufQ8_0 || format == Format::kGgufQ4_0 || format == Format::kGgufQ4_1;
   if (blocks && k % 32 != 0) return -1;
   int64_t bytes;
   return __builtin_mul_overflow(n, row_bytes(format, k), &bytes) ? -1 : bytes;

@@ -13,7 +13,8 @@ namespace q4s {
 struct FileTensor {
   std::string name;
   Format format = Format::kF32;
-  std::vector<int64_t> shape;     // row-major, slowest first: (N, K) for a matrix, (N) for a vector, () for a scalar
+  std::vector<int64_t>
+      shape;  // row-major, slowest first: (N, K) for a matrix, (N) for a vector, () for a scalar
   const uint8_t* data = nullptr;  // (bytes) rows of the last dimension, row_bytes(format, K) apart
   size_t bytes = 0;
 

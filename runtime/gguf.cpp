@@ -28,11 +28,11 @@ struct TensorType {
   const char* name;
 };
 constexpr TensorType kOtherTypes[] = {
-    {4, "Q4_2"},     {5, "Q4_3"},     {6, "Q5_0"},      {7, "Q5_1"},     {9, "Q8_1"},    {10, "Q2_K"},
-    {11, "Q3_K"},    {12, "Q4_K"},    {13, "Q5_K"},     {14, "Q6_K"},    {15, "Q8_K"},   {16, "IQ2_XXS"},
-    {17, "IQ2_XS"},  {18, "IQ3_XXS"}, {19, "IQ1_S"},    {20, "IQ4_NL"},  {21, "IQ3_S"},  {22, "IQ2_S"},
-    {23, "IQ4_XS"},  {24, "I8"},      {25, "I16"},      {26, "I32"},     {27, "I64"},    {28, "F64"},
-    {29, "IQ1_M"},   {34, "TQ1_0"},   {35, "TQ2_0"},    {39, "MXFP4"}};
+    {4, "Q4_2"},    {5, "Q4_3"},     {6, "Q5_0"},   {7, "Q5_1"},    {9, "Q8_1"},   {10, "Q2_K"},
+    {11, "Q3_K"},   {12, "Q4_K"},    {13, "Q5_K"},  {14, "Q6_K"},   {15, "Q8_K"},  {16, "IQ2_XXS"},
+    {17, "IQ2_XS"}, {18, "IQ3_XXS"}, {19, "IQ1_S"}, {20, "IQ4_NL"}, {21, "IQ3_S"}, {22, "IQ2_S"},
+    {23, "IQ4_XS"}, {24, "I8"},      {25, "I16"},   {26, "I32"},    {27, "I64"},   {28, "F64"},
+    {29, "IQ1_M"},  {34, "TQ1_0"},   {35, "TQ2_0"}, {39, "MXFP4"}};
 
 bool known_type(uint32_t id, Format* format) {
   switch (id) {
@@ -83,7 +83,8 @@ int64_t load_integer(uint32_t type, const uint8_t* at) {
 
 }  // namespace
 
-// Walks the header once, front to back; every size is checked against what is left of the file before it is used.
+// Walks the header once, front to back; every size is checked against what is left of the file before it is
+// used.
 class GgufParser {
  public:
   explicit GgufParser(Gguf& out) : out_(out), bytes_(out.map_.bytes()) {}
@@ -102,6 +103,11 @@ class GgufParser {
     const auto tensors = take_count("tensor count", 24);  // an info is at least 8 + 4 + 0 + 4 + 8 bytes
     const auto pairs = take_count("metadata count", 13);  // a pair at least 8 + 4 + 1
     for (uint64_t i = 0; i < pairs; ++i) take_pair();
+    const int64_t parts = out_.integer("split.count").value_or(1);
+    if (parts > 1) {  // a joined one keeps the key with 0
+      throw Error(ErrorKind::kInput, out_.path() + ": is one of " + std::to_string(parts) +
+                                         " parts of a split model; join them (llama-gguf-split --merge)");
+    }
     take_tensors(tensors);
   }
 
@@ -152,7 +158,9 @@ class GgufParser {
     need(bytes, field);
     if (type == kBool) {
       for (uint64_t i = 0; i < count; ++i) {
-        if (bytes_[at_ + i] > 1) refuse(at_ + i, field + " is a bool of value " + std::to_string(bytes_[at_ + i]));
+        if (bytes_[at_ + i] > 1) {
+          refuse(at_ + i, field + " is a bool of value " + std::to_string(bytes_[at_ + i]));
+        }
       }
     }
     at_ += bytes;
@@ -199,7 +207,9 @@ class GgufParser {
       t.name = take_string("name of tensor " + std::to_string(i));
       const std::string where = "tensor " + in_quotes(t.name);
       const auto dims = take<uint32_t>("dimension count of " + where);
-      if (dims < 1 || dims > 4) refuse(at_ - 4, where + " has " + std::to_string(dims) + " dimensions, not 1 to 4");
+      if (dims < 1 || dims > 4) {
+        refuse(at_ - 4, where + " has " + std::to_string(dims) + " dimensions, not 1 to 4");
+      }
       int64_t weights = 1;
       for (uint32_t d = 0; d < dims; ++d) {
         const auto dim = take<uint64_t>("dimensions of " + where);
@@ -207,7 +217,9 @@ class GgufParser {
           refuse(at_ - 8, where + " has dimension " + std::to_string(d) + " of " + std::to_string(dim) +
                               ", out of range");
         }
-        if (__builtin_mul_overflow(weights, int64_t(dim), &weights)) refuse(at_ - 8, "shape of " + where + " overflows");
+        if (__builtin_mul_overflow(weights, int64_t(dim), &weights)) {
+          refuse(at_ - 8, "shape of " + where + " overflows");
+        }
         t.shape.insert(t.shape.begin(), int64_t(dim));
       }
       const auto type = take<uint32_t>("type of " + where);
@@ -219,7 +231,8 @@ class GgufParser {
       }
       const int64_t bytes = tensor_bytes(t.format, t.rows(), t.columns());
       if (bytes < 0) {
-        refuse(start, where + " of type " + format_name(t.format) + " cannot have the shape " + shape_text(t.shape));
+        refuse(start,
+               where + " of type " + format_name(t.format) + " cannot have the shape " + shape_text(t.shape));
       }
       if (offset % uint64_t(alignment) != 0) {
         refuse(at_ - 8, "offset of " + where + " is " + std::to_string(offset) + ", no multiple of " +
@@ -234,8 +247,10 @@ class GgufParser {
       for (const auto& [type, names] : unsupported) {
         for (const std::string& name : names) list += "\n  " + in_quotes(name) + ": " + type;
       }
-      throw Error(ErrorKind::kInput, out_.path() + ": tensors of types that are not supported (F32, F16, BF16, Q8_0, "
-                                                   "Q4_0 and Q4_1 are):" + list);
+      throw Error(ErrorKind::kInput, out_.path() +
+                                         ": tensors of types that are not supported (F32, F16, BF16, Q8_0, "
+                                         "Q4_0 and Q4_1 are):" +
+                                         list);
     }
 
     const uint64_t data = (at_ + uint64_t(alignment) - 1) / uint64_t(alignment) * uint64_t(alignment);
@@ -245,7 +260,8 @@ class GgufParser {
       FileTensor& t = out_.tensors_[p.tensor];
       if (p.offset < end) {
         throw Error(ErrorKind::kInput, out_.path() + ": tensor " + in_quotes(t.name) + " at data offset " +
-                                           std::to_string(p.offset) + " overlaps the one before it, which ends at " +
+                                           std::to_string(p.offset) +
+                                           " overlaps the one before it, which ends at " +
                                            std::to_string(end));
       }
       if (__builtin_add_overflow(p.offset, uint64_t(t.bytes), &end) || end > ~uint64_t(0) - data) {
@@ -256,7 +272,8 @@ class GgufParser {
     if (!places.empty() && data + end > bytes_.size()) {
       throw Error(ErrorKind::kInput, out_.path() + ": truncated: file has " + std::to_string(bytes_.size()) +
                                          " bytes, header says " + std::to_string(data + end) + " (tensor " +
-                                         in_quotes(out_.tensors_[places.back().tensor].name) + " ends there)");
+                                         in_quotes(out_.tensors_[places.back().tensor].name) +
+                                         " ends there)");
     }
     for (const Place& p : places) out_.tensors_[p.tensor].data = bytes_.data() + data + p.offset;
   }
@@ -284,8 +301,9 @@ const Gguf::Value* Gguf::value_of(std::string_view key, bool array, bool (*fits)
   if (it == values_.end()) return nullptr;
   const Value& v = it->second;
   if (v.array != array || !fits(v.type)) {
-    throw Error(ErrorKind::kInput, path() + ": " + std::string(key) + " is " + (v.array ? "an array of " : "of type ") +
-                                       kTypeNames[v.type] + ", not " + wanted);
+    throw Error(ErrorKind::kInput, path() + ": " + std::string(key) + " is " +
+                                       (v.array ? "an array of " : "of type ") + kTypeNames[v.type] +
+                                       ", not " + wanted);
   }
   return &v;
 }
@@ -295,8 +313,8 @@ std::optional<int64_t> Gguf::integer(std::string_view key) const {
   if (!v) return {};
   const int64_t value = load_integer(v->type, v->at);
   if (v->type == kU64 && value < 0) {
-    throw Error(ErrorKind::kInput, path() + ": " + std::string(key) + " is " + std::to_string(uint64_t(value)) +
-                                       ", too large");
+    throw Error(ErrorKind::kInput,
+                path() + ": " + std::string(key) + " is " + std::to_string(uint64_t(value)) + ", too large");
   }
   return value;
 }
@@ -332,7 +350,9 @@ std::optional<std::vector<float>> Gguf::floats(std::string_view key) const {
   const Value* v = value_of(key, true, is_float, "an array of floats");
   if (!v) return {};
   std::vector<float> out(v->count);
-  for (uint64_t i = 0; i < v->count; ++i) out[i] = float(load_number(v->type, v->at + i * kTypeBytes[v->type]));
+  for (uint64_t i = 0; i < v->count; ++i) {
+    out[i] = float(load_number(v->type, v->at + i * kTypeBytes[v->type]));
+  }
   return out;
 }
 

@@ -1,5 +1,5 @@
-// Reader of GGUF (versions 2 and 3, little-endian): typed metadata and tensors, mapped. Knows no architecture;
-// whether the keys make a LLaMA is for models/.
+// Reader of GGUF (versions 2 and 3, little-endian): typed metadata and tensors, mapped. Knows no
+// architecture; whether the keys make a LLaMA is for models/.
 //
 //   | "GGUF" u32 version u64 tensors u64 pairs | pairs: key, u32 type, value | infos | padding | data |
 //   info: name, u32 dims, u64 dim[dims] fastest first, u32 type, u64 offset in data
@@ -19,8 +19,8 @@ namespace q4s {
 
 class Gguf {
  public:
-  // Throws Error(kInput) naming field, offset and value for whatever is not as the format says, and for tensors
-  // of types other than F32, F16, BF16, Q8_0, Q4_0 and Q4_1 (all listed at once).
+  // Throws Error(kInput) naming field, offset and value for whatever is not as the format says, and for
+  // tensors of types other than F32, F16, BF16, Q8_0, Q4_0 and Q4_1 (all listed at once).
   static Gguf open(const std::string& path);
 
   // Metadata: nothing when the key is absent, Error(kInput) when its value has another type.
@@ -40,9 +40,9 @@ class Gguf {
 
  private:
   struct Value {
-    uint32_t type;     // of the elements, for an array
+    uint32_t type;  // of the elements, for an array
     bool array;
-    uint64_t count;    // 1 unless an array
+    uint64_t count;     // 1 unless an array
     const uint8_t* at;  // first element, checked to lie in the file
   };
   friend class GgufParser;

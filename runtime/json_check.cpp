@@ -38,7 +38,9 @@ class Checker : public nlohmann::json_sax<Json> {
   }
 
  private:
-  [[noreturn]] void refuse(const std::string& why) const { throw Error(ErrorKind::kInput, where_ + ": " + why); }
+  [[noreturn]] void refuse(const std::string& why) const {
+    throw Error(ErrorKind::kInput, where_ + ": " + why);
+  }
   bool descend() {
     constexpr size_t kMaxDepth = 64;
     if (keys_.size() == kMaxDepth) refuse("nested deeper than " + std::to_string(kMaxDepth));

@@ -14,18 +14,20 @@
 namespace q4s {
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
-  const auto refuse = [&](const std::string& why) -> void { throw Error(ErrorKind::kInput, path + ": " + why); };
+  const auto refuse = [&](const std::string& why) -> void {
+    throw Error(ErrorKind::kInput, path + ": " + why);
+  };
   // O_NONBLOCK: opening a FIFO must not wait for its writer.
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) refuse(std::strerror(errno));
   struct stat info;
   const bool known = fstat(fd, &info) == 0;
-  const char* why = !known                     ? "its size cannot be read"
-                    : S_ISDIR(info.st_mode)    ? "is a directory, not a file"
-                    : S_ISFIFO(info.st_mode)   ? "is a FIFO, not a file"
-                    : !S_ISREG(info.st_mode)   ? "is not a regular file"
-                    : info.st_size == 0        ? "is empty (0 bytes)"
-                                               : nullptr;
+  const char* why = !known                   ? "its size cannot be read"
+                    : S_ISDIR(info.st_mode)  ? "is a directory, not a file"
+                    : S_ISFIFO(info.st_mode) ? "is a FIFO, not a file"
+                    : !S_ISREG(info.st_mode) ? "is not a regular file"
+                    : info.st_size == 0      ? "is empty (0 bytes)"
+                                             : nullptr;
   if (why) {
     close(fd);
     refuse(why);

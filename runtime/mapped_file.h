@@ -1,6 +1,6 @@
-// A file mapped read-only into memory, and hints to the kernel about parts of it. Everything that reads a model
-// goes through here. Whoever takes sizes from a header checks them against size() before touching the bytes:
-// reading past the end of a mapping kills the process.
+// A file mapped read-only into memory, and hints to the kernel about parts of it. Everything that reads a
+// model goes through here. Whoever takes sizes from a header checks them against size() before touching the
+// bytes: reading past the end of a mapping kills the process.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -29,8 +29,8 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// Hints for a range of any mapping; whole pages, never an error. will_need starts reading ahead, dont_need lets
-// clean pages go (they are read again when touched), sequential asks for aggressive read-ahead.
+// Hints for a range of any mapping; whole pages, never an error. will_need starts reading ahead, dont_need
+// lets clean pages go (they are read again when touched), sequential asks for aggressive read-ahead.
 void advise_will_need(const void* begin, size_t bytes);
 void advise_dont_need(const void* begin, size_t bytes);
 void advise_sequential(const void* begin, size_t bytes);

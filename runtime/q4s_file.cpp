@@ -18,7 +18,8 @@ Q4sFile Q4sFile::open(const std::string& path) {
   const uint8_t* const file = out.map_.data();
   const Q4sPreamble preamble = parse_preamble(out.map_.bytes(), path);
   const std::string where = path + ": header";
-  const std::string_view text(reinterpret_cast<const char*>(file) + preamble.header_offset, preamble.header_bytes);
+  const std::string_view text(reinterpret_cast<const char*>(file) + preamble.header_offset,
+                              preamble.header_bytes);
   Q4sHeader header = parse_header(text, where);
   const uint64_t end = check_layout(header, kQ4sAlign, where);
   if (next_part(end) != preamble.header_offset) {
@@ -35,8 +36,9 @@ Q4sFile Q4sFile::open(const std::string& path) {
   }
   for (Q4sBlobEntry& b : header.blobs) {
     if (xxh3(file + b.data.offset, b.data.bytes) != b.checksum) {
-      throw Error(ErrorKind::kInput, path + ": blob " + in_quotes(b.name) + " is damaged: its bytes differ from their "
-                                     "checksum");
+      throw Error(ErrorKind::kInput, path + ": blob " + in_quotes(b.name) +
+                                         " is damaged: its bytes differ from their "
+                                         "checksum");
     }
     out.blobs_.push_back({std::move(b.name), {file + b.data.offset, size_t(b.data.bytes)}});
   }
@@ -105,8 +107,11 @@ std::string Q4sFile::show() const {
   line("%s: .q4s version %d.%d, %" PRIu64 " bytes", path().c_str(), int(kQ4sMajor), int(minor_), bytes());
   for (const std::string& f : features_) line("feature     %s", f.c_str());
   out += "config      " + config_json() + "\nprovenance  " + provenance_json() + "\n";
-  for (const Q4sBlob& b : blobs_) line("blob        %-44s %12zu bytes", in_quotes(b.name).c_str(), b.bytes.size());
-  line("%-44s %-5s %6s %5s %16s %14s %8s  %s", "tensor", "type", "group", "grid", "shape", "bytes", "bits/w", "xxh3");
+  for (const Q4sBlob& b : blobs_) {
+    line("blob        %-44s %12zu bytes", in_quotes(b.name).c_str(), b.bytes.size());
+  }
+  line("%-44s %-5s %6s %5s %16s %14s %8s  %s", "tensor", "type", "group", "grid", "shape", "bytes", "bits/w",
+       "xxh3");
   uint64_t all_bytes = 0, all_weights = 0;
   for (const Q4sTensor& t : tensors_) {
     const WeightView& v = t.view;
@@ -116,14 +121,15 @@ std::string Q4sFile::show() const {
     all_weights += weights;
     const std::string group = v.scales ? std::to_string(v.group) : "-";
     const std::string shape = std::to_string(v.n) + " x " + std::to_string(v.k);
-    line("%-44s %-5s %6s %5s %16s %14" PRIu64 " %8.3f  %s", in_quotes(t.name).c_str(), format_name(v.format), group.c_str(),
-         !v.scales                ? "-"
+    line("%-44s %-5s %6s %5s %16s %14" PRIu64 " %8.3f  %s", in_quotes(t.name).c_str(), format_name(v.format),
+         group.c_str(),
+         !v.scales               ? "-"
          : v.grid == Grid::kHalf ? "half"
-                                  : "int",
+                                 : "int",
          shape.c_str(), size, 8.0 * double(size) / double(weights), checksum_text(t.checksum).c_str());
   }
-  line("%zu tensors, %" PRIu64 " weights, %" PRIu64 " bytes, %.3f bits a weight", tensors_.size(), all_weights,
-       all_bytes, all_weights ? 8.0 * double(all_bytes) / double(all_weights) : 0.0);
+  line("%zu tensors, %" PRIu64 " weights, %" PRIu64 " bytes, %.3f bits a weight", tensors_.size(),
+       all_weights, all_bytes, all_weights ? 8.0 * double(all_bytes) / double(all_weights) : 0.0);
   return out;
 }
 

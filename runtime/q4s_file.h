@@ -6,15 +6,17 @@
 //     0 "Q4S\0" | 4 u16 major | 6 u16 minor | 8 u64 header offset | 16 u64 header bytes | 24 u64 file bytes
 //    32 u64 XXH3-64 of the header | 40 u64 XXH3-64 of bytes 0..39 | 48 zeros to 4095
 //
-// Tensors and blobs consist of parts: a tensor of `data`, then (q4, q8) `scales`; a blob of `data`. Parts and header
-// lie in the order in which the header lists them, each at the first multiple of 4096 after the one before; the
-// bytes between are zero; the header ends the file. So there is one right offset for everything, and files of the
-// same content are the same bytes.
+// Tensors and blobs consist of parts: a tensor of `data`, then (q4, q8) `scales`; a blob of `data`. Parts and
+// header lie in the order in which the header lists them, each at the first multiple of 4096 after the one
+// before; the bytes between are zero; the header ends the file. So there is one right offset for everything,
+// and files of the same content are the same bytes.
 //
 // Header: JSON, at most 16 MiB.
 //   {"features": [names a reader must know], "tensors": [...], "blobs": [...]}
-//   tensor {"name", "format": "f32|f16|bf16|q8|q4", "shape": [N, K], "data": [offset, bytes], "xxh3": "16 hex"}
-//          and for q8 and q4 "bits": 8|4, "group": columns a scale, "grid": "int|half", "scales": [offset, bytes]
+//   tensor {"name", "format": "f32|f16|bf16|q8|q4", "shape": [N, K], "data": [offset, bytes], "xxh3": "16
+//   hex"}
+//          and for q8 and q4 "bits": 8|4, "group": columns a scale, "grid": "int|half", "scales": [offset,
+//          bytes]
 //   blob   {"name", "data": [offset, bytes], "xxh3"}
 // xxh3 is over data, then scales, without the padding. Vectors have N = 1. Other keys are left to later minor
 // versions and ignored. A changed meaning is a feature, a changed layout a major version.
@@ -22,8 +24,10 @@
 // Tensor data: N rows, row-major, no padding between rows.
 //   f32 f16 bf16   K values
 //   q8             K int8 in -127..127;                     w = scale * q
-//   q4             (K+1)/2 bytes, column 2i in bits 0..3 and 2i+1 in bits 4..7 of byte i; K odd: last bits zero;
-//                                                           w = scale * (code - 8), grid half: scale * (code - 7.5)
+//   q4             (K+1)/2 bytes, column 2i in bits 0..3 and 2i+1 in bits 4..7 of byte i; K odd: last bits
+//   zero;
+//                                                           w = scale * (code - 8), grid half: scale * (code
+//                                                           - 7.5)
 //   scales         (N, ceil(K/group)) fp16, signed; the last group of a row may be short
 // Blobs: "config" and "provenance" (JSON texts) are always there; tokenizer files by their names.
 #pragma once
@@ -52,17 +56,17 @@ struct Q4sBlob {
 
 class Q4sFile {
  public:
-  // Throws Error(kInput) naming field, offset and value for whatever is not as above. Checks everything but the
-  // bytes of tensors and of padding; those are for verify().
+  // Throws Error(kInput) naming field, offset and value for whatever is not as above. Checks everything but
+  // the bytes of tensors and of padding; those are for verify().
   static Q4sFile open(const std::string& path);
 
   const std::string& path() const { return map_.path(); }
   uint64_t bytes() const { return map_.size(); }
   std::span<const Q4sTensor> tensors() const { return tensors_; }
-  const Q4sTensor* find(std::string_view name) const;             // null when absent
+  const Q4sTensor* find(std::string_view name) const;  // null when absent
   std::span<const Q4sBlob> blobs() const { return blobs_; }
   bool has_blob(std::string_view name) const;
-  std::span<const uint8_t> blob(std::string_view name) const;     // Error(kInput) when absent
+  std::span<const uint8_t> blob(std::string_view name) const;  // Error(kInput) when absent
   std::string config_json() const { return blob_text("config"); }
   std::string provenance_json() const { return blob_text("provenance"); }
   bool has_feature(std::string_view name) const;

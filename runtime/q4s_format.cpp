@@ -50,7 +50,9 @@ class Fields {
   }
   std::pair<uint64_t, uint64_t> two(const char* key) const {
     const Json& v = list(key);
-    if (v.size() != 2 || !v[0].is_number_unsigned() || !v[1].is_number_unsigned()) wrong(key, "two unsigned integers");
+    if (v.size() != 2 || !v[0].is_number_unsigned() || !v[1].is_number_unsigned()) {
+      wrong(key, "two unsigned integers");
+    }
     return {v[0].get<uint64_t>(), v[1].get<uint64_t>()};
   }
   Q4sPart part(const char* key) const {
@@ -100,7 +102,9 @@ Q4sEntry parse_tensor(const Json& json, const std::string& where) {
     }
     e.group = int64_t(group);
     const std::string& grid = in.text("grid");
-    if (grid != "int" && !(grid == "half" && e.format == Format::kQ4)) in.wrong("grid", "int, or half for q4");
+    if (grid != "int" && !(grid == "half" && e.format == Format::kQ4)) {
+      in.wrong("grid", "int, or half for q4");
+    }
     e.grid = grid == "half" ? Grid::kHalf : Grid::kInt;
     if (in.number("bits") != (e.format == Format::kQ4 ? 4 : 8)) in.wrong("bits", "that of the format");
     e.scales = in.part("scales");
@@ -165,12 +169,15 @@ Q4sPreamble parse_preamble(std::span<const uint8_t> file, const std::string& pat
   if (file.size() < 4 || std::memcmp(file.data(), "Q4S", 4) != 0) {
     if (std::all_of(file.begin(), file.begin() + std::min<ptrdiff_t>(48, ptrdiff_t(file.size())),
                     [](uint8_t b) { return b == 0; })) {
-      refuse(path, "not a finished .q4s file: its preamble is empty, as in a file whose writing was cut short");
+      refuse(path,
+             "not a finished .q4s file: its preamble is empty, as in a file whose writing was cut short");
     }
     refuse_kind(path, file, "a .q4s file");
   }
   const std::string size = std::to_string(file.size());
-  if (file.size() < kQ4sAlign) refuse(path, "truncated: file has " + size + " bytes, its preamble alone has 4096");
+  if (file.size() < kQ4sAlign) {
+    refuse(path, "truncated: file has " + size + " bytes, its preamble alone has 4096");
+  }
   Q4sPreamble p;
   p.major = uint16_t(take(&file[4], 2));
   p.minor = uint16_t(take(&file[6], 2));
@@ -180,20 +187,20 @@ Q4sPreamble parse_preamble(std::span<const uint8_t> file, const std::string& pat
   }
   const uint64_t stored = take(&file[40], 8), computed = xxh3(file.data(), 40);
   if (stored != computed) {
-    refuse(path, "preamble is damaged: checksum at byte 40 is " + checksum_text(stored) + ", bytes 0 to 39 have " +
-                     checksum_text(computed));
+    refuse(path, "preamble is damaged: checksum at byte 40 is " + checksum_text(stored) +
+                     ", bytes 0 to 39 have " + checksum_text(computed));
   }
   p.header_offset = take(&file[8], 8);
   p.header_bytes = take(&file[16], 8);
   p.file_bytes = take(&file[24], 8);
   p.header_checksum = take(&file[32], 8);
   if (p.file_bytes != file.size()) {
-    refuse(path, std::string(p.file_bytes > file.size() ? "truncated" : "bytes appended") + ": file has " + size +
-                     " bytes, header says " + std::to_string(p.file_bytes));
+    refuse(path, std::string(p.file_bytes > file.size() ? "truncated" : "bytes appended") + ": file has " +
+                     size + " bytes, header says " + std::to_string(p.file_bytes));
   }
   if (p.header_offset < kQ4sAlign || p.header_offset > p.file_bytes || p.header_offset % kQ4sAlign != 0) {
-    refuse(path, "header offset at byte 8 is " + std::to_string(p.header_offset) + ", no multiple of 4096 inside the " +
-                     size + " bytes of the file");
+    refuse(path, "header offset at byte 8 is " + std::to_string(p.header_offset) +
+                     ", no multiple of 4096 inside the " + size + " bytes of the file");
   }
   if (p.header_bytes != p.file_bytes - p.header_offset || p.header_bytes > kQ4sMaxHeader) {
     refuse(path, "header size at byte 16 is " + std::to_string(p.header_bytes) + ", but from byte " +
@@ -257,7 +264,8 @@ Q4sHeader parse_header(std::string_view text, const std::string& where) {
     if (!f.is_string()) refuse(where, "features has " + dump(f) + ", not a text");
     const auto& name = f.get_ref<const std::string&>();
     if (std::find(std::begin(kQ4sFeatures), std::end(kQ4sFeatures), name) == std::end(kQ4sFeatures)) {
-      refuse(where, "needs the feature " + in_quotes(name) + ", which this program does not know; a newer one may");
+      refuse(where,
+             "needs the feature " + in_quotes(name) + ", which this program does not know; a newer one may");
     }
     header.features.push_back(name);
   }
@@ -281,10 +289,11 @@ uint64_t check_layout(const Q4sHeader& header, uint64_t at, const std::string& w
   const auto place = [&](const std::string& what, const Q4sPart& part) {
     const uint64_t right = next_part(at);
     if (part.offset != right) {
-      refuse(where, what + " begins at byte " + std::to_string(part.offset) +
-                        (part.offset % kQ4sAlign ? ", which is no multiple of 4096"
-                         : part.offset < right   ? ", inside the part before it, which ends at " + std::to_string(at)
-                                                 : ", leaving a hole from " + std::to_string(at)));
+      refuse(where,
+             what + " begins at byte " + std::to_string(part.offset) +
+                 (part.offset % kQ4sAlign ? ", which is no multiple of 4096"
+                  : part.offset < right   ? ", inside the part before it, which ends at " + std::to_string(at)
+                                          : ", leaving a hole from " + std::to_string(at)));
     }
     at = part.end();
   };

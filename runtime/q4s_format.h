@@ -1,5 +1,5 @@
-// What reader and writer of .q4s share: preamble and header as structures, to and from bytes. The format itself is
-// described in q4s_file.h. Not for use outside these two.
+// What reader and writer of .q4s share: preamble and header as structures, to and from bytes. The format
+// itself is described in q4s_file.h. Not for use outside these two.
 #pragma once
 #include <array>
 #include <cstdint>

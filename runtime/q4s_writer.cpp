@@ -18,7 +18,8 @@ bool exists(const std::string& path) {
   return stat(path.c_str(), &info) == 0 && info.st_size > 0;
 }
 
-// One record of the journal at the front of `rest`, which moves behind it; false at the end and at a torn record.
+// One record of the journal at the front of `rest`, which moves behind it; false at the end and at a torn
+// record.
 bool take_record(std::string_view& rest, std::string_view* kind, std::string_view* payload) {
   const size_t line = rest.find('\n');
   if (line == std::string_view::npos) return false;
@@ -40,7 +41,10 @@ bool take_record(std::string_view& rest, std::string_view* kind, std::string_vie
 }  // namespace
 
 Q4sWriter::Q4sWriter(const std::string& path, Q4sWriterOptions options)
-    : path_(path), partial_(path + ".partial"), journal_path_(partial_ + ".journal"), options_(std::move(options)) {
+    : path_(path),
+      partial_(path + ".partial"),
+      journal_path_(partial_ + ".journal"),
+      options_(std::move(options)) {
   check_output(path_, options_.force, options_.inputs);
   check_output(partial_, true, options_.inputs);
   check_output(journal_path_, true, options_.inputs);
@@ -48,8 +52,9 @@ Q4sWriter::Q4sWriter(const std::string& path, Q4sWriterOptions options)
   if (!out_.lock()) throw Error(ErrorKind::kUsage, partial_ + ": another process is writing it");
   const bool unfinished = exists(partial_) && exists(journal_path_);
   if (unfinished && !options_.resume && !options_.force) {
-    throw Error(ErrorKind::kUsage, partial_ + ": unfinished work of an interrupted run: --resume goes on with it, "
-                                   "--force starts anew");
+    throw Error(ErrorKind::kUsage, partial_ +
+                                       ": unfinished work of an interrupted run: --resume goes on with it, "
+                                       "--force starts anew");
   }
   if (!(unfinished && options_.resume && load_journal())) start_fresh();
 }
@@ -78,9 +83,10 @@ bool Q4sWriter::load_journal() {
   std::string_view rest(reinterpret_cast<const char*>(text.data()), text.size()), kind, payload;
   if (!take_record(rest, &kind, &payload) || kind != "key") return false;
   if (payload != options_.key) {
-    throw Error(ErrorKind::kUsage, partial_ + ": unfinished work of a run with other options or inputs; --force "
-                                   "without --resume starts anew\n  then: " + std::string(payload) +
-                                   "\n  now:  " + options_.key);
+    throw Error(ErrorKind::kUsage, partial_ +
+                                       ": unfinished work of a run with other options or inputs; --force "
+                                       "without --resume starts anew\n  then: " +
+                                       std::string(payload) + "\n  now:  " + options_.key);
   }
   uint64_t end = kQ4sAlign;
   size_t journal_end = 0;
@@ -101,6 +107,7 @@ bool Q4sWriter::load_journal() {
     journal_end = text.size() - rest.size();
   }
   if (notes_.empty()) return false;
+  advise_dont_need(map_.data(), map_.size());  // read for the checksums; the caller reads what it wants again
   saved_ = header_.tensors.size();
   has_checkpoint_ = true;
   journal_ = OutputFile(journal_path_, true);

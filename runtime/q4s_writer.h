@@ -1,12 +1,14 @@
-// Writer of .q4s (format: q4s_file.h). Tensors go to OUT.partial as they come, over hours where need be; finish()
-// turns it into OUT in one step, so that OUT is the old file or the whole new one at any moment.
+// Writer of .q4s (format: q4s_file.h). Tensors go to OUT.partial as they come, over hours where need be;
+// finish() turns it into OUT in one step, so that OUT is the old file or the whole new one at any moment.
 //
-// Going on after a kill: checkpoint() makes what was added so far durable, and notes it in OUT.partial.journal with
-// a text of the caller's. A writer opened with `resume` finds the tensors and texts of all whole checkpoints and
-// goes on behind the last; the finished file is the same bytes as that of an unbroken run.
+// Going on after a kill: checkpoint() makes what was added so far durable, and notes it in
+// OUT.partial.journal with a text of the caller's. A writer opened with `resume` finds the tensors and texts
+// of all whole checkpoints and goes on behind the last; the finished file is the same bytes as that of an
+// unbroken run.
 //
-// Journal: records of  KIND SPACE payload-bytes SPACE xxh3-of-payload NEWLINE payload NEWLINE  where KIND is "key"
-// (first, once), "tensors" (a header as in the file, of one checkpoint's tensors) or "note" (ends that checkpoint).
+// Journal: records of  KIND SPACE payload-bytes SPACE xxh3-of-payload NEWLINE payload NEWLINE  where KIND is
+// "key" (first, once), "tensors" (a header as in the file, of one checkpoint's tensors) or "note" (ends that
+// checkpoint).
 #pragma once
 #include <span>
 #include <string>
@@ -21,25 +23,25 @@
 namespace q4s {
 
 struct Q4sWriterOptions {
-  bool force = false;               // overwrite OUT where it exists; without resume: drop unfinished work
-  bool resume = false;              // go on with unfinished work where there is any
-  std::string key;                  // all that the bytes depend on (options, hashes of inputs), as a readable text
+  bool force = false;   // overwrite OUT where it exists; without resume: drop unfinished work
+  bool resume = false;  // go on with unfinished work where there is any
+  std::string key;      // all that the bytes depend on (options, hashes of inputs), as a readable text
   std::vector<std::string> inputs;  // files being read: never overwritten, whatever `force` says
 };
 
 class Q4sWriter {
  public:
-  // Throws Error(kUsage): as check_output, unfinished work there with neither `resume` nor `force`, unfinished work
-  // of another key, another process at work on OUT. Writing anything may throw Error(kResource); then OUT is
-  // untouched and the partial file removed.
+  // Throws Error(kUsage): as check_output, unfinished work there with neither `resume` nor `force`,
+  // unfinished work of another key, another process at work on OUT. Writing anything may throw
+  // Error(kResource); then OUT is untouched and the partial file removed.
   explicit Q4sWriter(const std::string& path, Q4sWriterOptions options = {});
   // Unfinished: keeps the partial file where there is a checkpoint to go on from, else removes it.
   ~Q4sWriter();
   Q4sWriter(const Q4sWriter&) = delete;
   Q4sWriter& operator=(const Q4sWriter&) = delete;
 
-  // What a resumed writer found, in the order of addition; none of it is to be added again. The views read the
-  // partial file and live as long as the writer.
+  // What a resumed writer found, in the order of addition; none of it is to be added again. The views read
+  // the partial file and live as long as the writer.
   std::span<const Q4sTensor> kept() const { return kept_; }
   const Q4sTensor* find_kept(std::string_view name) const;
   std::span<const std::string> notes() const { return notes_; }  // one a checkpoint

@@ -64,14 +64,17 @@ Entry read_entry(const std::string& path, const std::string& name, const Json& j
   e.end = unsigned_at(offsets[1], where + " data_offsets[1]");
   if (e.begin > e.end) refuse(where, "data_offsets " + dump(offsets) + " run backwards");
   if (e.end > data_bytes) {
-    refuse(where, "data_offsets " + dump(offsets) + " end past the data: truncated, or the header lies; the data " +
-                      "area has " + std::to_string(data_bytes) + " bytes");
+    refuse(where, "data_offsets " + dump(offsets) +
+                      " end past the data: truncated, or the header lies; the data " + "area has " +
+                      std::to_string(data_bytes) + " bytes");
   }
   int64_t count = 1;
   for (size_t i = 0; i < shape.size(); ++i) {
     const uint64_t dim = unsigned_at(shape[i], where + " shape[" + std::to_string(i) + "]");
     if (dim == 0 || dim > kMaxDim) refuse(where, "shape " + dump(shape) + " has a dimension out of range");
-    if (__builtin_mul_overflow(count, int64_t(dim), &count)) refuse(where, "shape " + dump(shape) + " overflows");
+    if (__builtin_mul_overflow(count, int64_t(dim), &count)) {
+      refuse(where, "shape " + dump(shape) + " overflows");
+    }
     e.tensor.shape.push_back(int64_t(dim));
   }
   const auto& type = dtype.get_ref<const std::string&>();
@@ -87,8 +90,9 @@ Entry read_entry(const std::string& path, const std::string& name, const Json& j
   }
   const int64_t bytes = tensor_bytes(e.tensor.format, e.tensor.rows(), e.tensor.columns());
   if (bytes < 0 || uint64_t(bytes) != e.end - e.begin) {
-    refuse(where, "data_offsets " + dump(offsets) + " hold " + std::to_string(e.end - e.begin) + " bytes, shape " +
-                      dump(shape) + " of " + type + " needs " + (bytes < 0 ? "too many" : std::to_string(bytes)));
+    refuse(where, "data_offsets " + dump(offsets) + " hold " + std::to_string(e.end - e.begin) +
+                      " bytes, shape " + dump(shape) + " of " + type + " needs " +
+                      (bytes < 0 ? "too many" : std::to_string(bytes)));
   }
   e.tensor.bytes = size_t(bytes);
   return e;
@@ -116,7 +120,8 @@ void Safetensors::add_file(const std::string& path) {
                      std::to_string(header_bytes) + " bytes after the first 8");
   }
   if (header_bytes > kMaxHeader) {
-    refuse(path, "header of " + std::to_string(header_bytes) + " bytes; at most " + std::to_string(kMaxHeader));
+    refuse(path,
+           "header of " + std::to_string(header_bytes) + " bytes; at most " + std::to_string(kMaxHeader));
   }
   const uint64_t data_bytes = map.size() - 8 - header_bytes;
   const uint8_t* const data = map.data() + 8 + header_bytes;
@@ -139,7 +144,8 @@ void Safetensors::add_file(const std::string& path) {
   uint64_t end = 0;
   for (const Entry& e : entries) {
     if (e.begin != end) {
-      refuse(path, "tensor " + in_quotes(e.tensor.name) + " begins at data offset " + std::to_string(e.begin) +
+      refuse(path, "tensor " + in_quotes(e.tensor.name) + " begins at data offset " +
+                       std::to_string(e.begin) +
                        (e.begin < end ? ", inside the one before it, which ends at "
                                       : ", leaving a hole after the one before it, which ends at ") +
                        std::to_string(end));
@@ -197,20 +203,27 @@ Safetensors Safetensors::open(const std::string& file_or_folder) {
   if (!json.contains("weight_map") || !json["weight_map"].is_object()) refuse(where, "has no weight_map");
   std::map<std::string, std::vector<std::string>> shards;  // file -> tensors it should hold
   for (const auto& [tensor, file] : json["weight_map"].items()) {
-    if (!file.is_string()) refuse(where, "weight_map of " + in_quotes(tensor) + " is " + dump(file) + ", not a text");
+    if (!file.is_string()) {
+      refuse(where, "weight_map of " + in_quotes(tensor) + " is " + dump(file) + ", not a text");
+    }
     shards[file.get<std::string>()].push_back(tensor);
   }
   size_t listed = 0;  // tensors of the shards before
   for (const auto& [file, names] : shards) {
     const bool inside = !file.empty() && file != "." && file != ".." && file.find('/') == std::string::npos &&
                         file.find('\0') == std::string::npos;
-    if (!inside) refuse(where, "names the shard " + in_quotes(file) + ", which is not a plain file name in this folder");
-    if (!fs::exists(folder / file, ignored)) refuse(where, "names the shard " + in_quotes(file) + ", which is missing");
+    if (!inside) {
+      refuse(where, "names the shard " + in_quotes(file) + ", which is not a plain file name in this folder");
+    }
+    if (!fs::exists(folder / file, ignored)) {
+      refuse(where, "names the shard " + in_quotes(file) + ", which is missing");
+    }
     out.add_file((folder / file).string());
     for (const std::string& name : names) {
       const auto it = out.index_.find(name);
       if (it == out.index_.end() || it->second < listed) {
-        refuse(where, "lists tensor " + in_quotes(name) + " in " + in_quotes(file) + ", which does not hold it");
+        refuse(where,
+               "lists tensor " + in_quotes(name) + " in " + in_quotes(file) + ", which does not hold it");
       }
     }
     listed = out.tensors_.size();

@@ -18,14 +18,16 @@ namespace q4s {
 
 class Safetensors {
  public:
-  // Throws Error(kInput) naming file, tensor, field and value: anything that is not as the format says, shards
-  // missing, named outside the folder or sharing a tensor, dtypes other than F32, F16 and BF16 (all listed at
-  // once), a folder with pickle only.
+  // Throws Error(kInput) naming file, tensor, field and value: anything that is not as the format says,
+  // shards missing, named outside the folder or sharing a tensor, dtypes other than F32, F16 and BF16 (all
+  // listed at once), a folder with pickle only.
   static Safetensors open(const std::string& file_or_folder);
 
   std::span<const FileTensor> tensors() const { return tensors_; }  // file by file, in order of their offsets
   const FileTensor* find(std::string_view name) const;              // null when absent
-  const std::vector<std::string>& files() const { return files_; }  // the paths read, for hashes in provenance
+  const std::vector<std::string>& files() const {
+    return files_;
+  }  // the paths read, for hashes in provenance
 
  private:
   void add_file(const std::string& path);

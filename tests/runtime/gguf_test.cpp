@@ -33,7 +33,8 @@ std::vector<std::string> all_types() {
           gguf_pair("u64", kU64, raw(uint64_t(1) << 40)),
           gguf_pair("i64", kI64, raw(int64_t(-1) << 40)),
           gguf_pair("f64", kF64, raw(2.5)),
-          gguf_pair("texts", kArray, raw(uint32_t(kString)) + raw(uint64_t(2)) + gguf_string("a") + gguf_string("")),
+          gguf_pair("texts", kArray,
+                    raw(uint32_t(kString)) + raw(uint64_t(2)) + gguf_string("a") + gguf_string("")),
           gguf_pair("floats", kArray, raw(uint32_t(kF32)) + raw(uint64_t(2)) + raw(1.f) + raw(2.f)),
           gguf_pair("ints", kArray, raw(uint32_t(kI32)) + raw(uint64_t(2)) + raw(-1) + raw(7))};
 }
@@ -85,8 +86,10 @@ TEST_CASE("gguf: metadata of every type and two tensors, versions 2 and 3") {
     CHECK(file.integer("absent") == std::nullopt);
     CHECK_FALSE(file.has("absent"));
     CHECK(file.keys().size() == 15);
-    CHECK_THROWS_WITH_AS(file.integer("text"), doctest::Contains("text is of type string, not an integer"), Error);
-    CHECK_THROWS_WITH_AS(file.text("texts"), doctest::Contains("texts is an array of string, not a string"), Error);
+    CHECK_THROWS_WITH_AS(file.integer("text"), doctest::Contains("text is of type string, not an integer"),
+                         Error);
+    CHECK_THROWS_WITH_AS(file.text("texts"), doctest::Contains("texts is an array of string, not a string"),
+                         Error);
 
     REQUIRE(file.tensors().size() == 2);
     const FileTensor* m = file.find("m");
@@ -119,7 +122,9 @@ TEST_CASE("gguf: flipped bytes of the header never crash") {
   TempFolder dir;
   for (int i = 0; i < 5000; ++i) {
     std::string bad = whole;
-    for (int flips = 1 + int(random() % 3); flips > 0; --flips) bad[4 + random() % (header - 4)] = char(random());
+    for (int flips = 1 + int(random() % 3); flips > 0; --flips) {
+      bad[4 + random() % (header - 4)] = char(random());
+    }
     write_file(dir / "x", bad);
     try {
       const Gguf file = Gguf::open(dir / "x");
@@ -142,18 +147,24 @@ TEST_CASE("gguf: lies are refused by field, offset and value") {
   const auto info = [](const std::string& i) { return gguf_bytes({}, {i}, std::string(256, 0)); };
   check_refused("GGUF" + raw(uint32_t(1)) + raw(uint64_t(0)) + raw(uint64_t(0)), "version is 1");
   check_refused("GGUF" + raw(__builtin_bswap32(3)) + raw(uint64_t(0)) + raw(uint64_t(0)), "big-endian");
-  check_refused("GGUF" + raw(uint32_t(3)) + raw(huge) + raw(uint64_t(0)), "at byte 8: tensor count is 4611686");
-  check_refused("GGUF" + raw(uint32_t(3)) + raw(uint64_t(0)) + raw(huge), "at byte 16: metadata count is 4611686");
+  check_refused("GGUF" + raw(uint32_t(3)) + raw(huge) + raw(uint64_t(0)),
+                "at byte 8: tensor count is 4611686");
+  check_refused("GGUF" + raw(uint32_t(3)) + raw(uint64_t(0)) + raw(huge),
+                "at byte 16: metadata count is 4611686");
   check_refused(meta(raw(huge) + std::string(16, 0)), "key at byte 32 needs 4611686018427387904");
   check_refused(meta(gguf_pair("k", kString, raw(huge))), "value of \"k\" at byte");
-  check_refused(meta(gguf_pair("k", kArray, raw(uint32_t(kF64)) + raw(huge))), "length of the value of \"k\"");
+  check_refused(meta(gguf_pair("k", kArray, raw(uint32_t(kF64)) + raw(huge))),
+                "length of the value of \"k\"");
   check_refused(meta(gguf_pair("k", kArray, raw(uint32_t(kArray)) + raw(uint64_t(1)))), "array of arrays");
   check_refused(meta(gguf_pair("k", 13, raw(uint64_t(1)))), "is 13, no known type");
   check_refused(meta(gguf_pair("k", kBool, raw(uint8_t(2)))), "bool of value 2");
-  check_refused(gguf_bytes({gguf_pair("k", kU8, "1"), gguf_pair("k", kU8, "1")}, {}, ""), "key \"k\" appears twice");
+  check_refused(gguf_bytes({gguf_pair("k", kU8, "1"), gguf_pair("k", kU8, "1")}, {}, ""),
+                "key \"k\" appears twice");
   check_refused(meta(gguf_pair("general.alignment", kU32, raw(uint32_t(33)))), "general.alignment is 33");
   check_refused(meta(gguf_pair("general.alignment", kU32, raw(uint32_t(0)))), "general.alignment is 0");
   check_refused(meta(gguf_pair("general.alignment", kString, gguf_string("8"))), "not an integer");
+
+  check_refused(meta(gguf_pair("split.count", kU16, raw(uint16_t(3)))), "one of 3 parts");
 
   check_refused(info(gguf_info("t", {}, 0, 0)), "0 dimensions");
   check_refused(info(gguf_info("t", {1, 1, 1, 1, 1}, 0, 0)), "5 dimensions");

@@ -57,7 +57,9 @@ std::string golden(const std::string& name) {
     const size_t offset = std::stoul(line, &used, 16);
     REQUIRE(offset >= out.size());
     out.resize(offset);
-    for (size_t i = used + 2; i + 1 < line.size(); i += 2) out += char(std::stoi(line.substr(i, 2), nullptr, 16));
+    for (size_t i = used + 2; i + 1 < line.size(); i += 2) {
+      out += char(std::stoi(line.substr(i, 2), nullptr, 16));
+    }
   }
   return out;
 }
@@ -79,7 +81,9 @@ void check_sample(const Q4sFile& file) {
     if (format != Format::kQ4) {
       CHECK(std::memcmp(t->view.data, want.data, bytes) == 0);
     } else {
-      for (size_t i = 0; i < bytes; ++i) CHECK(t->view.data[i] == (i % 18 == 17 ? want.data[i] & 15 : want.data[i]));
+      for (size_t i = 0; i < bytes; ++i) {
+        CHECK(t->view.data[i] == (i % 18 == 17 ? want.data[i] & 15 : want.data[i]));
+      }
     }
     if (want.scales) CHECK(std::memcmp(t->view.scales, want.scales, size_t(want.n * want.groups() * 2)) == 0);
   }
@@ -160,7 +164,9 @@ TEST_CASE("q4s: verify names the tensors that differ, and only those") {
   TempFolder dir;
   write_file(dir / "x", whole);
   const Q4sFile file = Q4sFile::open(dir / "x");
-  const auto offset = [&](const void* at) { return size_t(static_cast<const uint8_t*>(at) - file.tensors()[0].view.data) + 4096; };
+  const auto offset = [&](const void* at) {
+    return size_t(static_cast<const uint8_t*>(at) - file.tensors()[0].view.data) + 4096;
+  };
   std::string bad = whole;
   bad[offset(file.find("blk.0.a")->view.scales)] ^= 1;
   bad[offset(file.find("embed")->view.data) + 7] ^= 1;
@@ -182,8 +188,8 @@ std::string forged(const std::string& from, const std::string& to, uint16_t majo
   }
   bytes.resize(was.header_offset);
   bytes += header;
-  const auto front = preamble_bytes({major, minor, was.header_offset, header.size(), bytes.size(),
-                                     xxh3(header.data(), header.size())});
+  const auto front = preamble_bytes(
+      {major, minor, was.header_offset, header.size(), bytes.size(), xxh3(header.data(), header.size())});
   bytes.replace(0, front.size(), reinterpret_cast<const char*>(front.data()), front.size());
   return bytes;
 }
@@ -215,7 +221,8 @@ TEST_CASE("q4s: lies with right checksums are refused by field and value") {
   check_refused(forged("\"data\":[4096,", "\"data\":[4097,"), "begins at byte 4097, which is no multiple");
   check_refused(forged("\"data\":[4096,", "\"data\":[8192,"), "leaving a hole");
   check_refused(forged("\"data\":[8192,", "\"data\":[4096,"), "inside the part before it");
-  check_refused(forged("\"data\":[4096,", "\"data\":[18446744073709551610,"), "not a range that 64 bits can hold");
+  check_refused(forged("\"data\":[4096,", "\"data\":[18446744073709551610,"),
+                "not a range that 64 bits can hold");
   check_refused(forged("\"data\":[4096,12]", "\"data\":[4096]"), "data is [4096], not");
   check_refused(forged("\"xxh3\":\"", "\"xxh3\":\"0"), "not 16 lower-case hex digits");
   check_refused(forged("\"name\":\"norm\"", "\"name\":7"), "name is 7, not a text");

@@ -1,5 +1,5 @@
-// The small .q4s file that the tests write, golden bytes and must-fail files are made from: one tensor of every
-// format, short last groups, an odd K, a blob, a feature.
+// The small .q4s file that the tests write, golden bytes and must-fail files are made from: one tensor of
+// every format, short last groups, an odd K, a blob, a feature.
 #pragma once
 #include <string>
 #include <vector>
@@ -26,9 +26,15 @@ struct Sample {
       case Format::kF16: return {.format = format, .n = 2, .k = 2, .data = bytes(f16)};
       case Format::kBF16: return {.format = format, .n = 1, .k = 2, .data = bytes(bf16)};
       case Format::kQ8:
-        return {.format = format, .n = 2, .k = 40, .group = 64, .data = q8.data(), .scales = q8_scales.data()};
+        return {
+            .format = format, .n = 2, .k = 40, .group = 64, .data = q8.data(), .scales = q8_scales.data()};
       default:
-        return {.format = Format::kQ4, .grid = Grid::kHalf, .n = 2, .k = 35, .group = 32, .data = q4.data(),
+        return {.format = Format::kQ4,
+                .grid = Grid::kHalf,
+                .n = 2,
+                .k = 35,
+                .group = 32,
+                .data = q4.data(),
                 .scales = q4_scales.data()};
     }
   }

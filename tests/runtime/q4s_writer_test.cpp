@@ -79,7 +79,8 @@ TEST_CASE("q4s writer: refusals before anything is written") {
   has(error_of(ErrorKind::kUsage, [&] { Q4sWriter w(dir.path(), {.force = true, .key = "", .inputs = {}}); }),
       "is a directory");
   fs::create_hard_link(dir / "out", dir / "link");
-  has(error_of(ErrorKind::kUsage, [&] { Q4sWriter w(dir / "link", {.force = true, .key = "", .inputs = {dir / "out"}}); }),
+  has(error_of(ErrorKind::kUsage,
+               [&] { Q4sWriter w(dir / "link", {.force = true, .key = "", .inputs = {dir / "out"}}); }),
       "is the input");
   CHECK(read_file(dir / "out") == before);
   CHECK(files_in(dir) == 2);
@@ -105,7 +106,8 @@ TEST_CASE("q4s writer: disk full at any moment: kResource, no temporary, the old
   TempFolder dir;
   Sample().write(dir / "whole");
   const auto all = fs::file_size(dir / "whole");
-  for (const uint64_t most : {uint64_t(0), uint64_t(100), uint64_t(4096), uint64_t(9000), uint64_t(all - 1)}) {
+  for (const uint64_t most :
+       {uint64_t(0), uint64_t(100), uint64_t(4096), uint64_t(9000), uint64_t(all - 1)}) {
     for (const bool checkpoints : {false, true}) {
       write_file(dir / "out", "old");
       const rlimit limit{most, before.rlim_max};
@@ -211,8 +213,8 @@ TEST_CASE("q4s writer: work of another key is refused, force starts anew") {
   TempFolder dir;
   const std::string out = dir / "out";
   run(out, "group 128", 3);
-  const std::string text =
-      error_of(ErrorKind::kUsage, [&] { Q4sWriter w(out, {.resume = true, .key = "group 32", .inputs = {}}); });
+  const std::string text = error_of(
+      ErrorKind::kUsage, [&] { Q4sWriter w(out, {.resume = true, .key = "group 32", .inputs = {}}); });
   has(text, "then: group 128");
   has(text, "now:  group 32");
   CHECK(fs::exists(out + ".partial"));

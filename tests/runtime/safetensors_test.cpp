@@ -2,6 +2,8 @@
 
 #include <doctest/doctest.h>
 
+#include <cmath>
+#include <cstdlib>
 #include <random>
 
 #include "runtime/error.h"
@@ -20,7 +22,8 @@ const std::string kTwo =
     R"("a":{"dtype":"BF16","shape":[4],"data_offsets":[24,32]}})";
 
 std::string two_tensors() {
-  return safetensors_bytes(kTwo, raw(std::vector<float>{1, 2, 3, 4, 5, 6}) + raw(std::vector<uint16_t>{1, 2, 3, 4}));
+  return safetensors_bytes(
+      kTwo, raw(std::vector<float>{1, 2, 3, 4, 5, 6}) + raw(std::vector<uint16_t>{1, 2, 3, 4}));
 }
 
 // The message of the refusal, "" if the file was taken.
@@ -89,7 +92,9 @@ TEST_CASE("safetensors: flipped bytes of the header never crash") {
   std::mt19937 random(1);
   for (int i = 0; i < 3000; ++i) {
     std::string bad = whole;
-    for (int flips = 1 + int(random() % 3); flips > 0; --flips) bad[random() % (8 + kTwo.size())] = char(random());
+    for (int flips = 1 + int(random() % 3); flips > 0; --flips) {
+      bad[random() % (8 + kTwo.size())] = char(random());
+    }
     write_file(dir / "x", bad);
     try {
       const Safetensors file = Safetensors::open(dir / "x");
@@ -101,15 +106,20 @@ TEST_CASE("safetensors: flipped bytes of the header never crash") {
 }
 
 TEST_CASE("safetensors: lies are refused by name and value") {
-  const auto one = [](const std::string& entry) { return safetensors_bytes(R"({"t":)" + entry + "}", "12345678"); };
+  const auto one = [](const std::string& entry) {
+    return safetensors_bytes(R"({"t":)" + entry + "}", "12345678");
+  };
   check_refused(one(R"({"dtype":"F32","shape":[2],"data_offsets":[0,9]})"), "end past the data");
   check_refused(one(R"({"dtype":"F32","shape":[2],"data_offsets":[8,0]})"), "backwards");
-  check_refused(one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})"), "hold 8 bytes, shape [3] of F32 needs 12");
+  check_refused(one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})"),
+                "hold 8 bytes, shape [3] of F32 needs 12");
   check_refused(one(R"({"dtype":"F32","shape":[0],"data_offsets":[0,0]})"), "out of range");
   check_refused(one(R"({"dtype":"F32","shape":[-2],"data_offsets":[0,8]})"), "-2 is not an unsigned integer");
-  check_refused(one(R"({"dtype":"F32","shape":[2.0],"data_offsets":[0,8]})"), "2.0 is not an unsigned integer");
+  check_refused(one(R"({"dtype":"F32","shape":[2.0],"data_offsets":[0,8]})"),
+                "2.0 is not an unsigned integer");
   check_refused(one(R"({"dtype":"F32","shape":[2147483648],"data_offsets":[0,8]})"), "out of range");
-  check_refused(one(R"({"dtype":"F32","shape":[2147483647,2147483647,2147483647],"data_offsets":[0,8]})"), "overflows");
+  check_refused(one(R"({"dtype":"F32","shape":[2147483647,2147483647,2147483647],"data_offsets":[0,8]})"),
+                "overflows");
   check_refused(one(R"({"dtype":"F32","shape":[2147483647,2147483647,2],"data_offsets":[0,8]})"), "too many");
   check_refused(one(R"({"dtype":"F32","shape":[1],"data_offsets":[0,4]})"), "header says");
   check_refused(one(R"({"dtype":"F32","shape":[1],"data_offsets":[4,8]})"), "hole");
@@ -141,7 +151,8 @@ TEST_CASE("safetensors: lies are refused by name and value") {
 
 TEST_CASE("safetensors: sharded folder") {
   const auto shard = [](const std::string& name) {
-    return safetensors_bytes("{\"" + name + R"(":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", raw(1.5f));
+    return safetensors_bytes("{\"" + name + R"(":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
+                             raw(1.5f));
   };
   TempFolder dir;
   const std::string index = dir / "model.safetensors.index.json";
@@ -160,7 +171,8 @@ TEST_CASE("safetensors: sharded folder") {
     CHECK(message.find(expected) != std::string::npos);
   };
   refused(R"({"weight_map":{"a":"m3.safetensors"}})", "\"m3.safetensors\", which is missing");
-  refused(R"({"weight_map":{"a":"../m1.safetensors"}})", "\"../m1.safetensors\", which is not a plain file name");
+  refused(R"({"weight_map":{"a":"../m1.safetensors"}})",
+          "\"../m1.safetensors\", which is not a plain file name");
   refused(R"({"weight_map":{"a":"/etc/passwd"}})", "\"/etc/passwd\", which is not a plain file name");
   refused(R"({"weight_map":{"a":".."}})", "\"..\", which is not a plain file name");
   refused(R"({"weight_map":{"c":"m1.safetensors"}})", "\"c\" in \"m1.safetensors\", which does not hold it");
@@ -171,6 +183,36 @@ TEST_CASE("safetensors: sharded folder") {
   refused("[]", "not a JSON object");
   write_file(dir / "m2.safetensors", shard("a"));
   refused(R"({"weight_map":{"a":"m1.safetensors","b":"m2.safetensors"}})", "\"a\" is in another shard");
+}
+
+TEST_CASE("safetensors: other files under the name are named for what they are") {
+  check_refused("<!DOCTYPE html><html>", "HTML page");
+  check_refused("version https://git-lfs.github.com/spec/v1\n", "git lfs pull");
+  check_refused("PK\x03\x04" + std::string(60, 1), "pickle is never opened");
+  check_refused("GGUF" + std::string(60, 1), "seems to be a GGUF file");
+  check_refused(std::string(60, 0), "its first bytes are 00 00");
+  check_refused("", "is empty (0 bytes)");
+}
+
+TEST_CASE("safetensors: a real model") {
+  const char* given = std::getenv("Q4S_DATA");
+  std::string folder;
+  for (const std::string& data :
+       {std::string(given ? given : ""), std::string(Q4S_SOURCE_DIR) + "/../shared/data",
+        std::string(Q4S_SOURCE_DIR) + "/../../shared/data"}) {
+    if (folder.empty() && std::filesystem::exists(data + "/stories260K")) folder = data + "/stories260K";
+  }
+  if (folder.empty()) {
+    MESSAGE("SKIPPED: no shared data (Q4S_DATA)");
+    return;
+  }
+  const Safetensors file = Safetensors::open(folder);
+  CHECK(file.tensors().size() == 47);
+  const FileTensor* down = file.find("model.layers.4.mlp.down_proj.weight");
+  REQUIRE(down);
+  CHECK(down->shape == std::vector<int64_t>{64, 172});
+  const auto* values = reinterpret_cast<const float*>(down->data);
+  for (int i = 0; i < 64 * 172; ++i) REQUIRE(std::abs(values[i]) < 10);
 }
 
 TEST_CASE("safetensors: a folder with pickle only, or with nothing") {

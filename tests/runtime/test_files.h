@@ -13,7 +13,8 @@
 
 namespace q4s::test {
 
-// A folder that goes away with its object; in memory where there is such a place, as tests write many small files.
+// A folder that goes away with its object; in memory where there is such a place, as tests write many small
+// files.
 class TempFolder {
  public:
   TempFolder() {
