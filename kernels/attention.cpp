@@ -43,24 +43,32 @@ void attention_cpu(const AttentionArgs& a, Part part) {
 }
 
 size_t attention_scratch_bytes(int64_t, int64_t head_dim, int threads) {
-  return size_t(cpu_kernels().keys * 2 * head_dim * 4) * size_t(threads);
+  return size_t(round_up(cpu_kernels().attention_floats(head_dim) * 4, 64)) * size_t(threads);
 }
 
 void attention(const AttentionArgs& a, Part part) {
+  constexpr int64_t kFew = 8;  // tokens; which way a query goes must not depend on the number of threads
   const CpuKernels& kernels = cpu_kernels();
-  // A unit of work: a few tokens times some heads of one kv head, which read the same rows of the cache.
   const int64_t shared = a.heads / a.kv_heads;
-  const int64_t heads =
-      a.tokens * a.kv_heads < 2 * part.count ? 1 : std::min<int64_t>(shared, kernels.queries);
-  const int64_t tokens = a.tokens >= 4 * part.count ? std::max<int64_t>(1, kernels.queries / heads) : 1;
-  const int64_t pieces = ceil_div(shared, heads), units = ceil_div(a.tokens, tokens) * a.kv_heads * pieces;
-  float* scratch = reinterpret_cast<float*>(a.scratch + attention_scratch_bytes(0, a.head_dim, part.index));
-  // Later tokens see more rows: threads take units in turn, as equal shares would not be equal work.
-  for (int64_t i = part.index; i < units; i += part.count) {
-    const int64_t t = i / (a.kv_heads * pieces) * tokens, j = i % (a.kv_heads * pieces);
-    const int64_t h = j / pieces * shared + j % pieces * heads;
-    kernels.attention(a, t, std::min(a.tokens, t + tokens), h, std::min(h + heads, (j / pieces + 1) * shared),
-                      scratch);
+  if (a.tokens < kFew) {
+    const int64_t heads = a.tokens * a.kv_heads < 2 * part.count ? 1 : shared;  // at a time
+    const auto [begin, end] = part.of(a.tokens * a.heads / heads);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t h = i * heads % a.heads;
+      kernels.attention_few(a, i * heads / a.heads, h, h + heads);
+    }
+    return;
+  }
+  // A unit of work: some tokens times the heads of one kv head (cut where they are many).
+  const int64_t heads = std::min<int64_t>(shared, kernels.queries), tokens = kernels.queries / heads;
+  const int64_t pieces = ceil_div(shared, heads), columns = a.kv_heads * pieces;
+  auto* scratch = reinterpret_cast<float*>(a.scratch + attention_scratch_bytes(0, a.head_dim, part.index));
+  // Later tokens see more rows: threads take units in turn, since equal shares would not be equal work.
+  for (int64_t i = part.index; i < ceil_div(a.tokens, tokens) * columns; i += part.count) {
+    const int64_t t = i / columns * tokens, kv_head = i % columns / pieces;
+    const int64_t h = kv_head * shared + i % pieces * heads,
+                  end = std::min(h + heads, (kv_head + 1) * shared);
+    kernels.attention_many(a, t, std::min(a.tokens, t + tokens), h, end, scratch);
   }
 }
 

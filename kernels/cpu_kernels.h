@@ -37,10 +37,12 @@ struct CpuKernels {
   void (*swiglu)(const SwigluArgs&, int64_t token, int64_t begin, int64_t end);
   void (*rope_kv)(const RopeKvArgs&, int64_t begin_token, int64_t end_token);
   void (*rotate)(const RotateArgs&, int64_t begin_token, int64_t end_token);  // m <= kMostFactor
-  // Heads [h0, h1) of one kv head for tokens [t0, t1).
-  void (*attention)(const AttentionArgs&, int64_t t0, int64_t t1, int64_t h0, int64_t h1, float* scratch);
-  int keys;     // cache rows that attention takes at a time: its scratch is 2 * keys * head_dim floats
-  int queries;  // tokens times heads that share one pass over them; h1 - h0 is at most this
+  // Heads [h0, h1) of one kv head: of one token, or of tokens [t0, t1), at most `queries` in all.
+  int queries;
+  int64_t (*attention_floats)(int64_t head_dim);  // scratch of one thread
+  void (*attention_few)(const AttentionArgs&, int64_t t, int64_t h0, int64_t h1);
+  void (*attention_many)(const AttentionArgs&, int64_t t0, int64_t t1, int64_t h0, int64_t h1,
+                         float* scratch);
 };
 
 extern const CpuKernels kPortableKernels, kAvx2Kernels, kAvx512Kernels;

@@ -5,9 +5,10 @@
 
 namespace q4s {
 
-const CpuKernels kPortableKernels = {
-    decode_row,      dot_rows, kTile,   token_bytes,     tile_bytes,     panel_bytes,    quantize_tokens,
-    quantize_tiles,  gemv,     gemm,    rms_norm_tokens, swiglu_columns, rope_kv_tokens, rotate_tokens,
-    attention_block, kKeys,    kQueries};
+const CpuKernels kPortableKernels = {decode_row,     dot_rows,      kTile,           token_bytes,
+                                     tile_bytes,     panel_bytes,   quantize_tokens, quantize_tiles,
+                                     gemv,           gemm,          rms_norm_tokens, swiglu_columns,
+                                     rope_kv_tokens, rotate_tokens, kQueries,        attention_floats,
+                                     attention_few,  attention_many};
 
 }  // namespace q4s

@@ -31,6 +31,10 @@ typedef int8_t B __attribute__((vector_size(4 * kW)));
 constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t clamp64(int64_t v, int64_t low, int64_t high) {
+  return v < low ? low : v > high ? high : v;
+}
+
 template <typename V, typename T>
 V load(const T* p) {
   V v;
@@ -42,8 +46,24 @@ void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 inline F loadf(const float* p) { return load<F>(p); }
-inline F splat(float v) { return F{} + v; }
-inline I splat(int32_t v) { return I{} + v; }
+inline F splat(float v) {
+#if defined(__AVX512F__)
+  return F(_mm512_set1_ps(v));
+#elif defined(__AVX2__)
+  return F(_mm256_set1_ps(v));
+#else
+  return F{v, v, v, v};
+#endif
+}
+inline I splat(int32_t v) {
+#if defined(__AVX512F__)
+  return I(_mm512_set1_epi32(v));
+#elif defined(__AVX2__)
+  return I(_mm256_set1_epi32(v));
+#else
+  return I{v, v, v, v};
+#endif
+}
 
 // The first n (0..kW) lanes, the others 0.
 inline F loadf_n(const float* p, int64_t n) {
@@ -106,6 +126,20 @@ inline float max_of(F v) {
 #endif
 }
 
+inline U max(U a, U b) { return a > b ? a : b; }
+inline uint32_t max_of(U v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32(__m512i(v));
+#elif defined(__AVX2__)
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(__m256i(v)), _mm256_extracti128_si256(__m256i(v), 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1))));
+#else
+  const uint32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+#endif
+}
+
 // kW halves or bfloat16s to float, exactly.
 inline F load_half(const void* p) {
 #if defined(__AVX512F__)
@@ -119,13 +153,26 @@ inline F load_half(const void* p) {
   return F((a >= 0x0f800000 ? special : value) | (h & 0x8000) << 16);
 #endif
 }
+// The first n (0..kW), the others 0.
+inline F load_half_n(const uint16_t* p, int64_t n) {
+#if defined(__AVX512F__)
+  return F(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)));
+#else
+  uint16_t v[kW] = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return load_half(v);
+#endif
+}
 inline F load_bf16(const void* p) {
   typedef uint16_t H __attribute__((vector_size(2 * kW)));
   return F(__builtin_convertvector(load<H>(p), U) << 16);
 }
 inline float half_value(uint16_t h) {
-  uint16_t v[kW] = {h};
-  return load_half(v)[0];
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  return load_half_n(&h, 1)[0];
+#endif
 }
 // kW floats to halves, nearest even.
 inline void store_half(uint16_t* p, F v) {

@@ -1,7 +1,7 @@
-// Attention over the cache with an online softmax, kKeys cache rows at a time. A block of queries (tokens of
-// one sequence times the heads that share a kv head) uses each block of keys and values while it is in the
-// cache. Every query goes through the same additions whatever block it is in, so the split over threads never
-// shows.
+// Attention over the cache with an online softmax, kKeys cache rows at a time, in two ways: few tokens read
+// keys and values once each, straight from the cache, for the heads that share them; many tokens first unpack
+// a block of keys (transposed) and values to f32, which a block of queries then multiplies with. Whatever
+// block a query is in, it goes through the same additions, so the split over threads never shows.
 #pragma once
 #include "kernels/cpu_kernels.h"
 #include "kernels/simd.h"
@@ -11,72 +11,30 @@ namespace {
 
 constexpr int kKeys = 4 * kW;
 constexpr int kQueries = 32;
+constexpr int kQueriesAtOnce = kW == 16 ? 4 : 2;  // times 4 vectors of sums: what the registers hold
 
 struct Query {
   const float* q;  // (head_dim)
-  float* y;        // (head_dim), the running weighted sum of values
+  float* y;        // (head_dim)
   int64_t keys;    // position + 1
   float top, total;
 };
 
-// n rows of one kv head as f32, (n, hd); straight from an f32 cache into `out` too: rows become neighbours.
-inline void gather_rows(const void* cache, KvType type, int64_t at, int64_t stride, int64_t n, int64_t hd,
-                        float* out) {
-  for (int64_t j = 0; j < n; ++j, at += stride, out += hd) {
-    if (type == KvType::kF32) {
-      std::memcpy(out, static_cast<const float*>(cache) + at, size_t(hd) * 4);
-      continue;
-    }
-    const uint16_t* h = static_cast<const uint16_t*>(cache) + at;
-    int64_t i = 0;
-    for (; i + kW <= hd; i += kW) store(out + i, load_half(h + i));
-    if (i < hd) {
-      uint16_t last[kW] = {};
-      std::memcpy(last, h + i, size_t(hd - i) * 2);
-      storef_n(out + i, load_half(last), hd - i);
-    }
-  }
+// kW elements of the cache from `at`; of them n, the others 0.
+template <KvType type>
+F load_cache(const void* cache, int64_t at) {
+  if constexpr (type == KvType::kF32) return loadf(static_cast<const float*>(cache) + at);
+  return load_half(static_cast<const uint16_t*>(cache) + at);
+}
+template <KvType type>
+F load_cache(const void* cache, int64_t at, int64_t n) {
+  if (n >= kW) return load_cache<type>(cache, at);
+  if constexpr (type == KvType::kF32) return loadf_n(static_cast<const float*>(cache) + at, n);
+  return load_half_n(static_cast<const uint16_t*>(cache) + at, n);
 }
 
-// s[j] = q . k[j] for kKeys rows (those from n on are garbage that the caller masks, but readable).
-inline void scores_of(const float* q, const float* k, int64_t hd, F (&s)[4]) {
-  for (int b = 0; b < 4; ++b, k += kW * hd) {
-    F part[kW];
-    for (int j = 0; j < kW; ++j) {
-      F acc{};
-      int64_t i = 0;
-      for (; i + kW <= hd; i += kW) acc = fma(loadf(q + i), loadf(k + j * hd + i), acc);
-      if (i < hd) acc = fma(loadf_n(q + i, hd - i), loadf_n(k + j * hd + i, hd - i), acc);
-      part[j] = acc;
-    }
-    s[b] = sums(part);
-  }
-}
-
-// y = y * shrink + p v, v (n, hd).
-inline void add_values(float* y, float shrink, const float* p, const float* v, int64_t n, int64_t hd) {
-  constexpr int kRun = 4;
-  int64_t i = 0;
-  for (; i + kRun * kW <= hd; i += kRun * kW) {
-    F acc[kRun];
-    for (int r = 0; r < kRun; ++r) acc[r] = loadf(y + i + r * kW) * shrink;
-    for (int64_t j = 0; j < n; ++j)
-      for (int r = 0; r < kRun; ++r) acc[r] = fma(splat(p[j]), loadf(v + j * hd + i + r * kW), acc[r]);
-    for (int r = 0; r < kRun; ++r) store(y + i + r * kW, acc[r]);
-  }
-  for (; i < hd; i += kW) {
-    const int64_t m = min64(kW, hd - i);
-    F acc = loadf_n(y + i, m) * shrink;
-    for (int64_t j = 0; j < n; ++j) acc = fma(splat(p[j]), loadf_n(v + j * hd + i, m), acc);
-    storef_n(y + i, acc, m);
-  }
-}
-
-inline void attend(Query& u, const float* k, const float* v, int64_t first, int64_t hd, float scale) {
-  const int64_t n = min64(kKeys, u.keys - first);
-  if (n <= 0) return;
-  F s[4];
-  scores_of(u.q, k, hd, s);
+// Scores s of the block's keys, of which `n` count, to weights p and the factor that older sums shrink by.
+inline float weigh(Query& u, F (&s)[4], int64_t n, float scale, float* p) {
   I lane;
   for (int i = 0; i < kW; ++i) lane[i] = i;
   F best = splat(-__builtin_inff());
@@ -85,9 +43,9 @@ inline void attend(Query& u, const float* k, const float* v, int64_t first, int6
     best = max(best, s[b]);
   }
   const float block_top = max_of(best), top = block_top > u.top ? block_top : u.top;
-  const float shrink = exp(splat(u.top - top))[0];  // 0 for the first block: its old maximum is -infinity
+  const float shrink =
+      top == u.top ? 1.f : exp(splat(u.top - top))[0];  // 0 at first: the old maximum is -infinity
   F total{};
-  float p[kKeys];
   for (int b = 0; b < 4; ++b) {
     const F e = exp(s[b] - top);
     store(p + b * kW, e);
@@ -95,35 +53,210 @@ inline void attend(Query& u, const float* k, const float* v, int64_t first, int6
   }
   u.total = u.total * shrink + sum(total);
   u.top = top;
-  add_values(u.y, shrink, p, v, n, hd);
+  return shrink;
 }
 
-// Scratch: k and v of a block, 2 * kKeys * head_dim floats.
-void attention_block(const AttentionArgs& a, int64_t t0, int64_t t1, int64_t h0, int64_t h1, float* scratch) {
-  const int64_t hd = a.head_dim, kv_width = a.kv_heads * hd, kv_head = h0 / (a.heads / a.kv_heads);
+// ---- few tokens ----
+
+// M queries with the same number of keys; at: element of the kv head's first cache row.
+template <KvType type, int M>
+void attend_directly(Query* u, const KvLayer& kv, int64_t at, int64_t stride, int64_t hd, float scale) {
+  for (int m = 0; m < M; ++m) std::memset(u[m].y, 0, size_t(hd) * 4);
+  for (int64_t first = 0; first < u[0].keys; first += kKeys, at += kKeys * stride) {
+    const int64_t n = min64(kKeys, u[0].keys - first);
+    F s[M][4] = {};
+    for (int b = 0; b * kW < n; ++b) {
+      F part[M][kW] = {};
+      for (int64_t j = 0; j < min64(kW, n - b * kW); ++j) {
+        const int64_t row = at + (b * kW + j) * stride;
+        F acc[M] = {};
+        int64_t i = 0;
+        for (; i + kW <= hd; i += kW) {
+          const F k = load_cache<type>(kv.k, row + i);
+          for (int m = 0; m < M; ++m) acc[m] = fma(loadf(u[m].q + i), k, acc[m]);
+        }
+        if (i < hd) {
+          const F k = load_cache<type>(kv.k, row + i, hd - i);
+          for (int m = 0; m < M; ++m) acc[m] = fma(loadf_n(u[m].q + i, hd - i), k, acc[m]);
+        }
+        for (int m = 0; m < M; ++m) part[m][j] = acc[m];
+      }
+      for (int m = 0; m < M; ++m) s[m][b] = sums(part[m]);
+    }
+    float p[M][kKeys], shrink[M];
+    for (int m = 0; m < M; ++m) shrink[m] = weigh(u[m], s[m], n, scale, p[m]);
+
+    constexpr int kRun = 4;
+    int64_t i = 0;
+    for (; i + kRun * kW <= hd; i += kRun * kW) {
+      F acc[M][kRun];
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < kRun; ++r) acc[m][r] = loadf(u[m].y + i + r * kW) * shrink[m];
+      for (int64_t j = 0; j < n; ++j)
+        for (int r = 0; r < kRun; ++r) {
+          const F v = load_cache<type>(kv.v, at + j * stride + i + r * kW);
+          for (int m = 0; m < M; ++m) acc[m][r] = fma(splat(p[m][j]), v, acc[m][r]);
+        }
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < kRun; ++r) store(u[m].y + i + r * kW, acc[m][r]);
+    }
+    for (; i < hd; i += kW) {
+      const int64_t width = min64(kW, hd - i);
+      F acc[M];
+      for (int m = 0; m < M; ++m) acc[m] = loadf_n(u[m].y + i, width) * shrink[m];
+      for (int64_t j = 0; j < n; ++j) {
+        const F v = load_cache<type>(kv.v, at + j * stride + i, width);
+        for (int m = 0; m < M; ++m) acc[m] = fma(splat(p[m][j]), v, acc[m]);
+      }
+      for (int m = 0; m < M; ++m) storef_n(u[m].y + i, acc[m], width);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int64_t i = 0; i < hd; ++i) u[m].y[i] /= u[m].total;
+}
+
+template <KvType type>
+void attention_heads(const AttentionArgs& a, int64_t t, int64_t h0, int64_t h1) {
+  const int64_t hd = a.head_dim, stride = a.kv_heads * hd, kv_head = h0 / (a.heads / a.kv_heads);
+  const int64_t at = a.at.sequence[t] * a.kv.ctx * stride + kv_head * hd;
   const float scale = 1 / __builtin_sqrtf(float(hd));
-  float *k = scratch, *v = scratch + kKeys * hd;
+  for (int64_t h = h0; h < h1;) {
+    const int64_t many = min64(kQueriesAtOnce, h1 - h);
+    Query u[kQueriesAtOnce];
+    for (int64_t i = 0; i < many; ++i) {
+      const int64_t at_q = (t * a.heads + h + i) * hd;
+      u[i] = {a.q + at_q, a.y + at_q, a.at.position[t] + 1, -__builtin_inff(), 0};
+    }
+    if constexpr (kQueriesAtOnce == 4) {
+      if (many == 4) attend_directly<type, 4>(u, a.kv, at, stride, hd, scale);
+      if (many == 3) attend_directly<type, 3>(u, a.kv, at, stride, hd, scale);
+    }
+    if (many == 2) attend_directly<type, 2>(u, a.kv, at, stride, hd, scale);
+    if (many == 1) attend_directly<type, 1>(u, a.kv, at, stride, hd, scale);
+    h += many;
+  }
+}
+
+// ---- many tokens ----
+
+constexpr int64_t padded_head(int64_t hd) { return div_up(hd, 4 * kW) * 4 * kW; }
+
+// Scratch of one thread, floats.
+struct AttentionScratch {
+  float* k;  // (head_dim, kKeys): a block's keys, transposed
+  float* v;  // (kKeys, padded head)
+  float* y;  // (kQueries, padded head): running sums of values
+  float* p;  // (kQueries, kKeys): scores, then weights
+};
+int64_t attention_floats(int64_t hd) {
+  return hd * kKeys + (kKeys + kQueries) * padded_head(hd) + kQueries * kKeys;
+}
+
+template <KvType type>
+void unpack_block(const KvLayer& kv, int64_t at, int64_t stride, int64_t n, int64_t hd,
+                  const AttentionScratch& s) {
+  for (int64_t d = 0; d < hd; d += kW) {
+    const int64_t width = min64(kW, hd - d);
+    for (int64_t b = 0; b < kKeys; b += kW) {
+      F rows[kW] = {};
+      for (int64_t j = 0; j < kW; ++j)
+        if (b + j < n) rows[j] = load_cache<type>(kv.k, at + (b + j) * stride + d, width);
+      transpose(rows);
+      for (int64_t i = 0; i < width; ++i) store(s.k + (d + i) * kKeys + b, rows[i]);
+    }
+  }
+  const int64_t padded = padded_head(hd);
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t d = 0; d < padded; d += kW)
+      store(s.v + j * padded + d,
+            d < hd ? load_cache<type>(kv.v, at + j * stride + d, min64(kW, hd - d)) : F{});
+}
+
+// c[m] += a[m] (n) times b (n, 4 vectors of row stride ld).
+template <int M>
+void multiply_few(const float* const (&a)[M], int64_t n, const float* b, int64_t ld, F (&c)[M][4]) {
+  for (int64_t j = 0; j < n; ++j, b += ld)
+    for (int v = 0; v < 4; ++v) {
+      const F x = loadf(b + v * kW);
+      for (int m = 0; m < M; ++m) c[m][v] = fma(splat(a[m][j]), x, c[m][v]);
+    }
+}
+
+// M neighbouring queries with the block of keys from `first` on, of which n are unpacked.
+template <int M>
+void attend_block(Query* u, const AttentionScratch& s, int64_t row, int64_t first, int64_t n, int64_t hd,
+                  float scale) {
+  const float *q[M], *p[M];
+  float shrink[M];
+  F score[M][4] = {};
+  for (int m = 0; m < M; ++m) q[m] = u[m].q;
+  multiply_few<M>(q, hd, s.k, kKeys, score);
+  for (int m = 0; m < M; ++m) {
+    float* weights = s.p + (row + m) * kKeys;
+    const int64_t seen = u[m].keys - first;
+    shrink[m] = weigh(u[m], score[m], seen < n ? seen : n, scale, weights);
+    p[m] = weights;
+  }
+  const int64_t padded = padded_head(hd);
+  for (int64_t d = 0; d < padded; d += 4 * kW) {
+    F acc[M][4];
+    float* y = s.y + row * padded + d;
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < 4; ++v) acc[m][v] = loadf(y + m * padded + v * kW) * shrink[m];
+    multiply_few<M>(p, n, s.v + d, padded, acc);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < 4; ++v) store(y + m * padded + v * kW, acc[m][v]);
+  }
+}
+
+template <KvType type>
+void attention_tile(const AttentionArgs& a, int64_t t0, int64_t t1, int64_t h0, int64_t h1, float* scratch) {
+  const int64_t hd = a.head_dim, padded = padded_head(hd), stride = a.kv_heads * hd;
+  const int64_t kv_head = h0 / (a.heads / a.kv_heads);
+  const float scale = 1 / __builtin_sqrtf(float(hd));
+  AttentionScratch s;
+  s.k = scratch;
+  s.v = s.k + hd * kKeys;
+  s.y = s.v + kKeys * padded;
+  s.p = s.y + kQueries * padded;
   for (int64_t t = t0; t < t1;) {
-    Query queries[kQueries];
+    Query u[kQueries];
     int64_t count = 0, most = 0;
     const int32_t sequence = a.at.sequence[t];
-    for (; t < t1 && a.at.sequence[t] == sequence && count + (h1 - h0) <= kQueries; ++t)
+    for (; t < t1 && a.at.sequence[t] == sequence; ++t)
       for (int64_t h = h0; h < h1; ++h) {
         const int64_t at = (t * a.heads + h) * hd, keys = a.at.position[t] + 1;
-        queries[count++] = {a.q + at, a.y + at, keys, -__builtin_inff(), 0};
-        std::memset(a.y + at, 0, size_t(hd) * 4);
+        u[count++] = {a.q + at, a.y + at, keys, -__builtin_inff(), 0};
         most = most > keys ? most : keys;
       }
+    std::memset(s.y, 0, size_t(count * padded) * 4);
     for (int64_t first = 0; first < most; first += kKeys) {
       const int64_t n = min64(kKeys, most - first);
-      const int64_t at = (sequence * a.kv.ctx + first) * kv_width + kv_head * hd;
-      gather_rows(a.kv.k, a.kv.type, at, kv_width, n, hd, k);
-      gather_rows(a.kv.v, a.kv.type, at, kv_width, n, hd, v);
-      for (int64_t i = 0; i < count; ++i) attend(queries[i], k, v, first, hd, scale);
+      unpack_block<type>(a.kv, (sequence * a.kv.ctx + first) * stride + kv_head * hd, stride, n, hd, s);
+      for (int64_t i = 0; i < count; i += kQueriesAtOnce) {
+        if (i + kQueriesAtOnce <= count) {
+          attend_block<kQueriesAtOnce>(u + i, s, i, first, n, hd, scale);
+        } else {
+          for (int64_t j = i; j < count; ++j) attend_block<1>(u + j, s, j, first, n, hd, scale);
+        }
+      }
     }
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j < hd; ++j) queries[i].y[j] /= queries[i].total;
+      for (int64_t d = 0; d < hd; ++d) u[i].y[d] = s.y[i * padded + d] / u[i].total;
   }
+}
+
+void attention_few(const AttentionArgs& a, int64_t t, int64_t h0, int64_t h1) {
+  if (a.kv.type == KvType::kF32)
+    attention_heads<KvType::kF32>(a, t, h0, h1);
+  else
+    attention_heads<KvType::kF16>(a, t, h0, h1);
+}
+void attention_many(const AttentionArgs& a, int64_t t0, int64_t t1, int64_t h0, int64_t h1, float* scratch) {
+  if (a.kv.type == KvType::kF32)
+    attention_tile<KvType::kF32>(a, t0, t1, h0, h1, scratch);
+  else
+    attention_tile<KvType::kF16>(a, t0, t1, h0, h1, scratch);
 }
 
 }  // namespace

@@ -114,6 +114,15 @@ inline I dot_q8(I init, B codes, const int8_t* q) {
 #endif
 }
 
+// Sums of 4 neighbouring bytes.
+inline I sums_of_4(B v) {
+#if defined(__AVX512F__)
+  return I(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), __m512i(v)));
+#else
+  return widen(pairs(B(splat(0x01010101)), v), 1);
+#endif
+}
+
 // The running sum of a block in the matrix product: 16-bit lanes where 8 products of 4-bit codes fit in them.
 template <bool q4, bool half>
 struct Sum {
@@ -156,34 +165,47 @@ constexpr Layout tile_layout(int64_t k) {
   return {p, p + p / 8, (p + p / 4 + 63) / 64 * 64};
 }
 
-struct Block {
-  int8_t q[kBlock];
-  float scale;
+constexpr int64_t kSpan = 128;  // columns quantised at a time: 4 blocks
+
+struct Span {
+  alignas(64) int8_t q[kSpan];
+  alignas(64) int32_t sum[kSpan / 4];  // of 4 columns each
+  float scale[kSpan / kBlock];
 };
 
-// Columns x[0..n) as a block, the rest zeros.
-inline void quantize_block(const float* x, int64_t n, Block& block) {
+// Columns x[0..n) as blocks, the rest zeros.
+inline void quantize_span(const float* x, int64_t n, Span& span) {
   constexpr int kVectors = kBlock / kW;
   constexpr float kMagic = 12582912;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  F v[kVectors];
-  U top{};  // of |x| as integers, which order like floats and put NaN on top
-  for (int i = 0; i < kVectors; ++i) {
-    v[i] = n == kBlock ? loadf(x + i * kW) : loadf_n(x + i * kW, n <= i * kW ? 0 : min64(kW, n - i * kW));
-    const U a = U(v[i]) & 0x7fffffff;
-    top = a > top ? a : top;
+  typedef int8_t Narrow __attribute__((vector_size(kW)));
+  for (int b = 0; b < kSpan / kBlock; ++b) {
+    F v[kVectors];
+    U top{};  // of |x| as integers, which order like floats and put NaN on top
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = b * kBlock + i * kW;
+      v[i] = at + kW <= n ? loadf(x + at) : loadf_n(x + at, clamp64(n - at, 0, kW));
+      top = max(top, U(v[i]) & 0x7fffffff);
+    }
+    const float amax = __builtin_bit_cast(float, max_of(top));
+    const bool zero = amax < 1e-35f;  // the inverse of less may overflow; such a block counts as zero
+    const float inverse = zero ? 0.f : 127 / amax;
+    span.scale[b] = zero ? 0.f : amax / 127;
+    for (int i = 0; i < kVectors; ++i) {
+      const I q = I(v[i] * inverse + kMagic) - I(splat(kMagic));
+      store(span.q + b * kBlock + i * kW, __builtin_convertvector(q, Narrow));
+    }
   }
-  uint32_t most = 0;
-  for (int i = 0; i < kW; ++i) most = top[i] > most ? top[i] : most;
-  float amax;
-  std::memcpy(&amax, &most, 4);
-  // Below this the inverse overflows; such a block counts as zero.
-  const bool zero = amax < 1e-35f;
-  const float inverse = zero ? 0.f : 127 / amax;
-  block.scale = zero ? 0.f : amax / 127;
-  for (int i = 0; i < kVectors; ++i) {
-    typedef int8_t Narrow __attribute__((vector_size(kW)));
-    const I q = I(v[i] * inverse + kMagic) - I(splat(kMagic));
-    store(block.q + i * kW, __builtin_convertvector(q, Narrow));
+  for (int i = 0; i < kSpan; i += kBytes) store(span.sum + i / 4, sums_of_4(load<B>(span.q + i)));
+}
+
+// 32 neighbours: the even ones to even[0..16), the odd ones to odd[0..16).
+inline void split_columns(const int8_t* q, int8_t* even, int8_t* odd) {
+  typedef uint16_t Pairs __attribute__((vector_size(16)));
+  typedef uint8_t Bytes __attribute__((vector_size(8)));
+  for (int i = 0; i < 2; ++i) {
+    const Pairs v = load<Pairs>(q + 16 * i);
+    store(even + 8 * i, __builtin_convertvector(v & 255, Bytes));
+    store(odd + 8 * i, __builtin_convertvector(v >> 8, Bytes));
   }
 }
 
@@ -191,90 +213,104 @@ inline float scale_factor(const WeightView& w) {
   return w.format == Format::kQ4 && w.grid == Grid::kHalf ? 0.5f : 1.f;
 }
 
-void quantize_tokens(const LinearArgs& a, int64_t begin, int64_t end) {
-  const bool q4 = a.w.format == Format::kQ4;
-  const int64_t k = a.w.k, cols = q4 ? 2 * kBytes : kBytes, per_lane = q4 ? 8 : 4;
+template <bool q4>
+void quantize_tokens_as(const LinearArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t kCols = q4 ? 2 * kBytes : kBytes;
+  const int64_t k = a.w.k;
   const int32_t offset = offset_of(a.w);
   const Layout at = token_layout(k);
   for (int64_t t = begin; t < end; ++t) {
     int8_t* q = reinterpret_cast<int8_t*>(a.scratch + t * at.bytes);
     int32_t* init = reinterpret_cast<int32_t*>(q + at.init);
     float* scale = reinterpret_cast<float*>(q + at.scale);
-    for (int64_t c = 0; c < padded(k); c += kBlock) {
-      Block block{};
-      if (c < k) quantize_block(a.x + t * k + c, min64(kBlock, k - c), block);
-      scale[c / kBlock] = block.scale * scale_factor(a.w);
-      for (int64_t l = 0; l < kBlock / per_lane; ++l) {
-        int32_t total = 0;
-        for (int64_t i = 0; i < per_lane; ++i) total += block.q[l * per_lane + i];
-        init[c / per_lane + l] = -offset * total;
-      }
-      if (q4) {
-        int8_t* even = q + c / cols * cols + c % cols / 2;
-        for (int i = 0; i < kBlock / 2; ++i) {
-          even[i] = block.q[2 * i];
-          even[kBytes + i] = block.q[2 * i + 1];
+    for (int64_t c = 0; c < k; c += kSpan) {
+      Span span;
+      quantize_span(a.x + t * k + c, min64(kSpan, k - c), span);
+      for (int b = 0; b < kSpan / kBlock; ++b) scale[c / kBlock + b] = span.scale[b] * scale_factor(a.w);
+      if constexpr (q4) {
+        for (int l = 0; l < kSpan / 8; ++l)
+          init[c / 8 + l] = -offset * (span.sum[2 * l] + span.sum[2 * l + 1]);
+        for (int64_t i = 0; i < kSpan; i += kBlock) {
+          int8_t* even = q + (c + i) / kCols * kCols + (c + i) % kCols / 2;
+          split_columns(span.q + i, even, even + kBytes);
         }
       } else {
-        std::memcpy(q + c, block.q, kBlock);
+        for (int l = 0; l < kSpan / 4; ++l) init[c / 4 + l] = -offset * span.sum[l];
+        std::memcpy(q + c, span.q, kSpan);
       }
     }
   }
 }
+void quantize_tokens(const LinearArgs& a, int64_t begin, int64_t end) {
+  if (a.w.format == Format::kQ4)
+    quantize_tokens_as<true>(a, begin, end);
+  else
+    quantize_tokens_as<false>(a, begin, end);
+}
 
-void quantize_tiles(const LinearArgs& a, int64_t begin, int64_t end) {
-  const bool q4 = a.w.format == Format::kQ4;
+template <bool q4>
+void quantize_tiles_as(const LinearArgs& a, int64_t begin, int64_t end) {
   const int64_t k = a.w.k;
   const int32_t offset = offset_of(a.w);
   const Layout at = tile_layout(k);
   for (int64_t tile = begin; tile < end; ++tile) {
-    int8_t* q = reinterpret_cast<int8_t*>(a.scratch + tile * at.bytes);
-    int32_t* init = reinterpret_cast<int32_t*>(q + at.init);
-    float* scale = reinterpret_cast<float*>(q + at.scale);
+    int32_t* q = reinterpret_cast<int32_t*>(a.scratch + tile * at.bytes);
+    int32_t* init = reinterpret_cast<int32_t*>(a.scratch + tile * at.bytes + at.init);
+    float* scale = reinterpret_cast<float*>(a.scratch + tile * at.bytes + at.scale);
     for (int64_t i = 0; i < kTile; ++i) {
       const int64_t t = tile * kTile + i;
-      for (int64_t b = 0; b < div_up(k, kBlock); ++b) {
-        Block block{};
-        if (t < a.tokens) quantize_block(a.x + t * k + b * kBlock, min64(kBlock, k - b * kBlock), block);
-        int8_t units[kBlock];
-        int32_t total = 0;
-        for (int j = 0; j < kBlock; ++j) total += block.q[j];
-        for (int j = 0; j < kBlock; ++j)  // kQ4: 8 columns are a unit of even ones, then one of odd ones
-          units[j] = block.q[q4 ? j / 8 * 8 + j % 4 * 2 + j / 4 % 2 : j];
-        for (int u = 0; u < kBlock / 4; ++u) std::memcpy(q + ((b * 8 + u) * kTile + i) * 4, units + 4 * u, 4);
-        init[b * kTile + i] = -offset * total;
-        scale[b * kTile + i] = block.scale * scale_factor(a.w);
+      for (int64_t c = 0; c < k; c += kSpan) {
+        Span span{};
+        if (t < a.tokens) quantize_span(a.x + t * k + c, min64(kSpan, k - c), span);
+        for (int b = 0; b < kSpan / kBlock; ++b) {
+          int32_t total = 0;
+          for (int l = 0; l < 8; ++l) total += span.sum[b * 8 + l];
+          const int64_t to = (c / kBlock + b) * kTile + i;
+          init[to] = -offset * total;
+          scale[to] = span.scale[b] * scale_factor(a.w);
+          int32_t unit[8];  // kQ4: the even columns of 8, then the odd ones
+          if constexpr (q4) {
+            int8_t even[16], odd[16];
+            split_columns(span.q + b * kBlock, even, odd);
+            for (int u = 0; u < 4; ++u)
+              unit[2 * u] = load<int32_t>(even + 4 * u), unit[2 * u + 1] = load<int32_t>(odd + 4 * u);
+          } else {
+            std::memcpy(unit, span.q + b * kBlock, kBlock);
+          }
+          for (int u = 0; u < 8; ++u) q[(c / 4 + b * 8 + u) * kTile + i] = unit[u];
+        }
       }
     }
   }
 }
+void quantize_tiles(const LinearArgs& a, int64_t begin, int64_t end) {
+  if (a.w.format == Format::kQ4)
+    quantize_tiles_as<true>(a, begin, end);
+  else
+    quantize_tiles_as<false>(a, begin, end);
+}
 
 // ---- vector product ----
 
-// v's first `parts` lanes, each spread over kW / parts lanes.
+// `parts` floats, each spread over kW / parts lanes.
 template <int parts>
-F spread(F v) {
-  if constexpr (parts == 1) return splat(v[0]);
+F spread(const float* p) {
+  if constexpr (parts == 1) return splat(*p);
 #if defined(__AVX512F__)
-  if constexpr (parts == 2)
-    return __builtin_shufflevector(v, v, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  if constexpr (parts == 4)
-    return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  if constexpr (parts == 2) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    return F(_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadu_si64(p)))));
+  }
+  if constexpr (parts == 4) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return F(_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(p))));
+  }
 #elif defined(__AVX2__)
-  if constexpr (parts == 2) return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1);
+  if constexpr (parts == 2) {
+    const __m256i lanes = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    return F(_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_castsi128_ps(_mm_loadu_si64(p))), lanes));
+  }
 #endif
-}
-template <int parts>
-F spread_floats(const float* p) {
-  F v{};
-  std::memcpy(&v, p, 4 * parts);
-  return spread<parts>(v);
-}
-template <int parts>
-F spread_halves(const uint16_t* p) {
-  uint16_t h[kW] = {};
-  std::memcpy(h, p, 2 * parts);
-  return spread<parts>(load_half(h));
 }
 
 // R rows from r on, T tokens from t0 on. `per`: weight scales in one vector (group < its columns), else 1.
@@ -295,8 +331,14 @@ void gemv_rows(const LinearArgs& a, int64_t t0, int64_t r, int64_t prefetch_end)
   const int8_t* q[T];
   for (int t = 0; t < T; ++t) q[t] = reinterpret_cast<const int8_t*>(a.scratch + (t0 + t) * at.bytes);
 
+  constexpr int kScales = 16;  // converted to f32 at a time
+  float scales[R][kScales];
   F total[T][R] = {};
-  for (int64_t first = 0, g = 0; first < vectors; first += per_group, ++g) {
+  for (int64_t first = 0, g = 0; first < vectors; first += per_group, g += per) {
+    if (g % kScales == 0)
+      for (int i = 0; i < R; ++i)
+        for (int64_t j = 0; j < kScales; j += kW)
+          store(&scales[i][j], load_half_n(scale[i] + g + j, clamp64(groups - g - j, 0, kW)));
     F part[T][R] = {};
     const int64_t last = min64(vectors, first + per_group);
     for (int64_t v = first; v < last; ++v) {
@@ -311,8 +353,7 @@ void gemv_rows(const LinearArgs& a, int64_t t0, int64_t r, int64_t prefetch_end)
       }
       for (int t = 0; t < T; ++t) {
         const I init = load<I>(q[t] + at.init + v * kBytes);
-        const F s =
-            spread_floats<kBlocks>(reinterpret_cast<const float*>(q[t] + at.scale) + v * kCols / kBlock);
+        const F s = spread<kBlocks>(reinterpret_cast<const float*>(q[t] + at.scale) + v * kCols / kBlock);
         for (int i = 0; i < R; ++i) {
           I dot;
           if constexpr (q4)
@@ -324,15 +365,8 @@ void gemv_rows(const LinearArgs& a, int64_t t0, int64_t r, int64_t prefetch_end)
       }
     }
     for (int i = 0; i < R; ++i) {
-      // The last vector of a row may hold fewer groups than `per`: absent scales meet zero sums.
-      F s;
-      if constexpr (per == 1) {
-        s = splat(half_value(scale[i][g]));
-      } else {
-        uint16_t h[per] = {};
-        std::memcpy(h, scale[i] + g * per, size_t(2 * min64(per, groups - g * per)));
-        s = spread_halves<per>(h);
-      }
+      // The last vector of a row may hold fewer groups than `per`: absent scales are 0.
+      const F s = spread<per>(&scales[i][g % kScales]);
       for (int t = 0; t < T; ++t) total[t][i] = fma(part[t][i], s, total[t][i]);
     }
   }
