@@ -20,7 +20,8 @@ namespace {
 #define Q4S_WIDE
 #endif
 
-constexpr int64_t kRows = 96;  // rows of a chunk: enough for an efficient product, few enough to stay in L2
+constexpr int64_t kRows = 96;       // rows of a chunk: enough for an efficient product, few enough to stay in L2
+constexpr int64_t kGramRows = 144;  // of a sum over tokens, where the longer product pays for more
 
 // fn(first row, number of rows) for every chunk of this part.
 template <class Fn>
@@ -181,9 +182,11 @@ bool refit_row(std::vector<double>& m, std::vector<double>& b, uint16_t* scales,
 }  // namespace
 
 void gptq_gram_cpu(const GptqGramArgs& a, Part part) {
-  // Panels are dealt out in turn, since those of a triangle differ in length.
-  for (int64_t p = part.index, i = p * kRows; i < a.m; p += part.count, i = p * kRows) {
-    const int64_t rows = std::min(kRows, a.m - i), first = a.upper ? i : 0;
+  // Panels are dealt out to and fro, since those of a triangle differ in length.
+  for (int64_t p = 0; p * kGramRows < a.m; ++p) {
+    const int64_t turn = p % part.count, i = p * kGramRows;
+    if ((p / part.count % 2 == 0 ? turn : part.count - 1 - turn) != part.index) continue;
+    const int64_t rows = std::min(kGramRows, a.m - i), first = a.upper ? i : 0;
     dense_gemm(Transpose::kYes, Transpose::kNo, rows, a.k - first, a.tokens, a.factor, a.a + i, a.m, a.b + first,
                a.k, 1.0f, a.c + i * a.k + first, a.k);
   }
