@@ -1,5 +1,6 @@
 #include "quant/block.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 
@@ -7,23 +8,28 @@
 #include "runtime/error.h"
 
 namespace q4s {
+namespace {
+constexpr float kLargest = 65504.0f;  // of fp16
+}
 
-std::vector<float> unpack(const Weight& w, const Team& team) {
-  std::vector<float> out(w.view.n * w.view.k);
+std::vector<float> unpack_rows(const Weight& w, int64_t begin, int64_t end, const Team& team) {
+  const int64_t n = end - begin, k = w.view.k;
+  std::vector<float> out(n * k);
   std::atomic<int64_t> bad = 0;
   team([&](Part part) {
-    const auto [begin, end] = part.of(w.view.n);
-    dequantize_rows(w.view, begin, end, out.data() + begin * w.view.k);
-    int64_t count = 0;
-    for (int64_t i = begin * w.view.k; i < end * w.view.k; ++i) count += !std::isfinite(out[i]);
-    bad += count;
+    const auto [first, last] = part.of(n);
+    dequantize_rows(w.view, begin + first, begin + last, out.data() + first * k);
+    bad += std::count_if(out.begin() + first * k, out.begin() + last * k,
+                         [](float v) { return !(std::fabs(v) <= kLargest); });
   });
   if (bad) {
     throw Error(ErrorKind::kInput, w.name + ": " + std::to_string(bad.load()) + " of " + std::to_string(out.size()) +
-                                       " weights are not finite");
+                                       " weights are not finite or beyond fp16");
   }
   return out;
 }
+
+std::vector<float> unpack(const Weight& w, const Team& team) { return unpack_rows(w, 0, w.view.n, team); }
 
 BlockWeights unpack_block(const LlamaBlock& b, const Team& team) {
   return {unpack(b.attn_norm, team), unpack(b.qkv, team),     unpack(b.o, team),

@@ -48,43 +48,50 @@ bool add_correction(const LinearProblem& p, const HessianFactor& f, const SolveO
   return true;
 }
 
-void round_plainly(const std::vector<float>& w, const float* weight, bool search, const Levels& levels,
-                   const Team& team, QuantizedLinear& q) {
-  team([&](Part part) {
-    gptq_scales_cpu({w.data(), weight, q.scales.data(), q.n, q.k, q.group, levels, search}, part);
-    gptq_round_cpu({w.data(), q.scales.data(), q.codes.data(), q.n, q.k, q.group, levels}, part);
-  });
+QuantizedLinear prepare(int64_t n, int64_t k, const SolveOptions& o) {
+  QuantizedLinear q;
+  q.n = n;
+  q.k = k;
+  q.group = o.group == 0 ? k : std::min(o.group, k);
+  q.grid = o.grid;
+  q.codes.resize(n * k);
+  q.scales.resize(n * q.groups());
+  return q;
 }
 
 // Losses of q, and of plain rounding beside it, against the original weights.
-void measure(const std::vector<float>& w, const HessianFactor& f, const Levels& levels, const Team& team,
-             QuantizedLinear& q) {
-  QuantizedLinear plain{q.n, q.k, q.group, q.grid, {}, {}, {}, 0, 0, {}};
-  plain.codes.resize(q.codes.size());
-  plain.scales.resize(q.scales.size());
-  round_plainly(w, nullptr, false, levels, team, plain);
+void measure(const std::vector<float>& w, const HessianFactor& f, const Team& team, QuantizedLinear& q) {
+  SolveOptions plain;
+  plain.grid = q.grid;
+  plain.group = q.group;
+  plain.search = false;
   std::vector<float> value(w.size());
   const auto losses = [&](const QuantizedLinear& r) {
     for_rows(r.n, team, [&](int64_t first, int64_t rows) { r.dequantize(first, first + rows, &value[first * r.k]); });
     return row_losses(w.data(), value.data(), f, r.n, team);
   };
-  const std::vector<RowLoss> rounded = losses(plain);
+  const std::vector<RowLoss> rounded = losses(round_to_nearest(w.data(), nullptr, q.n, q.k, plain, team));
   q.rows = losses(q);
   for (int64_t i = 0; i < q.n; ++i) q.rows[i].rtn_h = rounded[i].error_h;
 }
 
 }  // namespace
 
+QuantizedLinear round_to_nearest(const float* w, const float* weight, int64_t n, int64_t k, const SolveOptions& o,
+                                 const Team& team) {
+  const Levels levels = grid_levels(o.grid);
+  QuantizedLinear q = prepare(n, k, o);
+  team([&](Part part) {
+    gptq_scales_cpu({w, weight, q.scales.data(), n, k, q.group, levels, o.search}, part);
+    gptq_round_cpu({w, q.scales.data(), q.codes.data(), n, k, q.group, levels}, part);
+  });
+  return q;
+}
+
 QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const SolveOptions& o, const Team& team) {
   assert(f.k == p.k);
   const Levels levels = grid_levels(o.grid);
-  QuantizedLinear q;
-  q.n = p.n;
-  q.k = p.k;
-  q.group = o.group == 0 ? p.k : std::min(o.group, p.k);
-  q.grid = o.grid;
-  q.codes.resize(q.n * q.k);
-  q.scales.resize(q.n * q.groups());
+  QuantizedLinear q = prepare(p.n, p.k, o);
 
   std::vector<float> original(p.w, p.w + p.n * p.k);
   for (int64_t j = 0; j < p.k; ++j)
@@ -95,9 +102,9 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
 
   if (o.rtn || !f.ok()) {
     const bool usable = std::all_of(diagonal.begin(), diagonal.end(), [](float v) { return std::isfinite(v) && v > 0; });
-    round_plainly(original, usable ? diagonal.data() : nullptr, o.search, levels, team, q);
+    q = round_to_nearest(original.data(), usable ? diagonal.data() : nullptr, p.n, p.k, o, team);
     if (!o.rtn) q.fallback = "the Hessian could not be factored: rounded to nearest";
-    measure(original, f, levels, team, q);
+    measure(original, f, team, q);
     return q;
   }
 
@@ -124,7 +131,7 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
     q.sweeps = 2;
   }
   q.damp = f.damp;
-  measure(original, f, levels, team, q);
+  measure(original, f, team, q);
   return q;
 }
 

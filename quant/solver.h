@@ -62,6 +62,11 @@ LossSummary summarize(const std::vector<RowLoss>& rows, int64_t k, int64_t row_b
 // Losses of dequantised weights q (N, K) against w (N, K); rtn_h is left 0.
 std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFactor&, int64_t n, const Team& team);
 
+// Plain rounding without any statistics: weight (K) or null weighs the scale search, where options ask for one.
+// Losses are not measured.
+QuantizedLinear round_to_nearest(const float* w, const float* weight, int64_t n, int64_t k, const SolveOptions&,
+                                 const Team&);
+
 // The factor may serve several calls (other groups, other grids). If it is not ok(), or the correction is not
 // finite, the result falls back (to plain rounding, to no correction) and says so.
 // Target: W' = W + alpha W D H^-1 + beta E H^-1, a closed form of asymmetric calibration (GPTAQ, arXiv 2504.02692)
