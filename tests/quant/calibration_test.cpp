@@ -1,0 +1,93 @@
+#include "quant/calibration.h"
+
+#include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <set>
+
+#include "runtime/error.h"
+#include "runtime/tokenizer.h"
+#include "tests/quant/tiny_model.h"
+
+using namespace q4s;
+
+namespace {
+
+std::string write_file(const std::string& name, const std::string& text) {
+  const std::string path = std::filesystem::temp_directory_path() / (std::to_string(getpid()) + name);
+  std::ofstream(path) << text;
+  return path;
+}
+
+// The stories260K folder of the shared data, or empty with one line said.
+std::string stories() {
+  const char* env = std::getenv("Q4S_DATA");
+  for (const std::string& base : {std::string(env ? env : ""), std::string(Q4S_SOURCE_DIR) + "/../shared/data",
+                                  std::string(Q4S_SOURCE_DIR) + "/../../shared/data"})
+    if (!base.empty() && std::filesystem::exists(base + "/stories260K")) return base;
+  std::puts("SKIPPED: shared data not found (Q4S_DATA)");
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("documents: blank lines, else lines, or jsonl") {
+  const std::string a = write_file("a.txt", "one\ntwo\n\n \n\nthree\r\nfour");
+  CHECK(read_documents(a) == std::vector<std::string>{"one\ntwo", "three\nfour"});
+  const std::string b = write_file("b.txt", "one\ntwo\nthree\n");
+  CHECK(read_documents(b) == std::vector<std::string>{"one", "two", "three"});
+  const std::string c = write_file("c.jsonl", "{\"text\": \"one\\n\"}\n\n{\"id\": 3, \"text\": \"two\"}\n");
+  CHECK(read_documents(c) == std::vector<std::string>{"one\n", "two"});
+  const std::string d = write_file("d.jsonl", "{\"text\": \"one\"}\n{\"body\": 1}\n");
+  CHECK_THROWS_WITH_AS(read_documents(d), (d + ", line 2: expected an object with a \"text\"").c_str(), Error);
+  for (const std::string& p : {a, b, c, d}) std::filesystem::remove(p);
+}
+
+TEST_CASE("windows: a seeded choice without repeats; too little text says how much there is") {
+  const std::string data = stories();
+  if (data.empty()) return;
+  const auto tokenizer = Tokenizer::from_folder(data + "/stories260K");
+  const std::string text = data + "/text/tinystories.txt";
+  const Calibration a = calibration_from_text(*tokenizer, text, 20, 64, 1);
+  CHECK(a.tokens.size() == 20 * 64);
+  CHECK(calibration_from_text(*tokenizer, text, 20, 64, 1).tokens == a.tokens);
+  CHECK(calibration_from_text(*tokenizer, text, 20, 64, 2).tokens != a.tokens);
+  const Calibration longer = calibration_from_text(*tokenizer, text, 30, 64, 1);
+  CHECK(std::equal(a.tokens.begin(), a.tokens.end(), longer.tokens.begin()));
+  CHECK(longer.hash != a.hash);
+  std::set<std::vector<int32_t>> windows;
+  for (int s = 0; s < 20; ++s) windows.emplace(a.tokens.begin() + s * 64, a.tokens.begin() + (s + 1) * 64);
+  CHECK(windows.size() == 20);
+  try {
+    calibration_from_text(*tokenizer, text, 1 << 20, 64, 1);
+    FAIL("accepted");
+  } catch (const Error& e) {
+    CHECK(e.kind() == ErrorKind::kInput);
+    CHECK(std::string(e.what()).find("windows of 64, 1048576 are asked for") != std::string::npos);
+  }
+}
+
+TEST_CASE("self-written text: from BOS, seeded, the same for every number of threads") {
+  const std::string data = stories();
+  if (data.empty()) return;
+  LlamaModel m = open_llama(data + "/stories260K");
+  const auto write = [&](int threads, uint64_t seed) {
+    const auto backend = make_cpu_backend(threads);
+    int64_t last = 0;
+    const Calibration c = calibration_self_written(m, *backend, 6, 24, seed, [&](int64_t done, int64_t total) {
+      CHECK(total == 6 * 24);
+      last = done;
+    });
+    CHECK(last == 6 * 24);
+    return c;
+  };
+  const Calibration a = write(1, 5);
+  for (int s = 0; s < 6; ++s) CHECK(a.tokens[s * 24] == m.tokenizer->bos_id());
+  CHECK(std::set<int32_t>{a.tokens[1], a.tokens[25], a.tokens[49], a.tokens[73], a.tokens[97], a.tokens[121],
+                          a.tokens[2], a.tokens[26], a.tokens[50]}.size() > 2);
+  CHECK(write(3, 5).tokens == a.tokens);
+  CHECK(write(1, 6).tokens != a.tokens);
+}
