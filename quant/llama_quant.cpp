@@ -1,0 +1,367 @@
+// llama-quant: from a model to one .q4s file, and what such a file holds. Options, stages and output; the work is
+// done in quantize.h.
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "quant/quantize.h"
+#include "runtime/atomic_file.h"
+#include "runtime/checksum.h"
+#include "runtime/cli.h"
+#include "runtime/error.h"
+#include "runtime/log.h"
+#include "runtime/mapped_file.h"
+#include "runtime/progress.h"
+#include "runtime/q4s_file.h"
+#include "runtime/q4s_writer.h"
+#include "runtime/tokenizer.h"
+
+namespace q4s {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using Clock = std::chrono::steady_clock;
+
+struct Stopped {};  // a signal asked for an end; what is finished is in the journal
+void stop_if_requested() {
+  if (stop_requested()) throw Stopped{};
+}
+
+Format4 parse_format(const std::string& option, const std::string& text) {
+  static const std::map<std::string, Format4> known = {{"g32", {GridKind::kSigned, 32}},
+                                                       {"g64", {GridKind::kSigned, 64}},
+                                                       {"g128", {GridKind::kSigned, 128}},
+                                                       {"row", {GridKind::kSigned, 0}},
+                                                       {"q8", {GridKind::kInt8, 64}}};
+  const auto found = known.find(text);
+  if (found == known.end())
+    throw Error(ErrorKind::kUsage, "--" + option + ": \"" + text + "\": expected g32, g64, g128, row or q8");
+  return found->second;
+}
+
+std::regex parse_regex(const std::string& option, const std::string& text) {
+  try {
+    return std::regex(text, std::regex::extended | std::regex::optimize);
+  } catch (const std::regex_error& e) {
+    throw Error(ErrorKind::kUsage, "--" + option + ": \"" + text + "\" is no regular expression: " + e.what());
+  }
+}
+
+// The parts of the stack that --off can leave out.
+void switch_off(const std::string& text, QuantizeOptions& o) {
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = std::min(text.find(',', at), text.size());
+    const std::string part = text.substr(at, end - at);
+    at = end + 1;
+    if (part == "rotation") o.rotate = false;
+    else if (part == "target") o.solve.alpha = 0;
+    else if (part == "residual") o.solve.beta = 0;
+    else if (part == "search") o.solve.search = false;
+    else if (part == "refine") o.solve.refine = false;
+    else if (part == "act-order") o.act_order = false;
+    else
+      throw Error(ErrorKind::kUsage, "--off: \"" + part +
+                                         "\": expected rotation, target, residual, search, refine or act-order");
+  }
+}
+
+QuantizeOptions parse_options(const Cli& cli) {
+  QuantizeOptions o;
+  o.solve.grid = parse_grid(cli.get("grid"));
+  const std::string& group = cli.get("group");
+  o.solve.group = group == "row" ? 0 : std::stoll(group);
+  o.solve.rtn = cli.on("rtn");
+  o.damp = cli.get_real("damp");
+  o.seed = uint64_t(cli.get_integer("seed"));
+  switch_off(cli.get("off"), o);
+  if (o.solve.rtn) {
+    o.rotate = false;  // rotation before plain rounding hurts
+    o.solve.search = false;
+  }
+  const std::string& head = cli.get("head");
+  o.head = head == "f16" ? Format::kF16 : head == "q4" ? Format::kQ4 : Format::kQ8;
+  if (cli.given("only")) o.only = parse_regex("only", cli.get("only"));
+  for (const std::string& t : cli.get_list("tensor")) {
+    const size_t at = t.rfind('=');
+    if (at == std::string::npos) throw Error(ErrorKind::kUsage, "--tensor: \"" + t + "\": expected REGEX=FORMAT");
+    o.special.emplace_back(parse_regex("tensor", t.substr(0, at)), parse_format("tensor", t.substr(at + 1)));
+  }
+  return o;
+}
+
+// All options that the bytes of the file depend on.
+Json options_json(const Cli& cli, const QuantizeOptions& o) {
+  Json j = {{"grid", grid_name(o.solve.grid)}, {"group", cli.get("group")}, {"rtn", o.solve.rtn},
+            {"damp", o.damp},          {"act_order", o.act_order}, {"search", o.solve.search},
+            {"refine", o.solve.refine}, {"alpha", o.solve.alpha},   {"beta", o.solve.beta},
+            {"rotation", o.rotate},    {"head", cli.get("head")},  {"seed", o.seed},
+            {"only", cli.get("only")}, {"tensor", cli.get_list("tensor")}};
+  return j;
+}
+
+// Name and checksum of every file of a model, by name only: the same model elsewhere gives the same bytes.
+Json source_json(const std::string& path) {
+  std::vector<std::filesystem::path> files = {path};
+  if (std::filesystem::is_directory(path)) {
+    files.clear();
+    for (const auto& e : std::filesystem::directory_iterator(path))
+      if (e.is_regular_file() && (e.path().extension() == ".json" || e.path().extension() == ".safetensors" ||
+                                  e.path().extension() == ".model"))
+        files.push_back(e.path());
+    std::sort(files.begin(), files.end());
+  }
+  Json j = Json::array();
+  for (const auto& f : files) {
+    const MappedFile map(f.string());
+    j.push_back({{"name", f.filename().string()}, {"bytes", map.size()}, {"xxh3", checksum_text(xxh3(map.data(), map.size()))}});
+    stop_if_requested();
+  }
+  return j;
+}
+
+Json calibration_json(const Calibration& c) {
+  return {{"source", c.source == "self-written" ? c.source : std::filesystem::path(c.source).filename().string()},
+          {"samples", c.samples},
+          {"seq_len", c.seq_len},
+          {"tokens", c.samples * c.seq_len},
+          {"xxh3", c.hash},
+          {"seed", c.seed}};
+}
+
+// Losses of all linears, for the file itself.
+Json losses_json(const std::vector<BlockReport>& blocks) {
+  Json j = Json::object();
+  for (const BlockReport& b : blocks)
+    for (const LinearReport& l : b.linears)
+      j["blk." + std::to_string(b.block) + "." + l.name] = {{"loss", l.loss.loss}, {"relative_loss", l.loss.relative}};
+  return j;
+}
+
+int64_t unit_bytes(int64_t n, int64_t k, const Format4& f) {
+  const int64_t group = f.group == 0 ? k : std::min(f.group, k);
+  return n * ((grid_bits(f.grid) * k + 7) / 8 + 2 * ceil_div(k, group));
+}
+
+// Bits per weight of the blocks' linears, scales included.
+double planned_bits(const LlamaConfig& c, const QuantizeOptions& o) {
+  double bytes = 0;
+  for (int64_t l = 0; l < c.layers; ++l) {
+    for (Unit u : kUnits) {
+      const std::string name = unit_name(l, u);
+      bytes += o.covers(name) ? double(unit_bytes(unit_rows(c, u), unit_columns(c, u), o.format_of(name)))
+                              : 2.0 * double(unit_rows(c, u) * unit_columns(c, u));
+    }
+  }
+  return 8.0 * bytes / double(c.linear_weights());
+}
+
+void show_plan(const LlamaModel& m, const QuantizeOptions& o, int64_t samples, int64_t seq_len, bool self_written) {
+  const LlamaConfig& c = m.config;
+  const QuantizePlan p = plan_quantize(c, o, samples, seq_len);
+  const double bits = planned_bits(c, o);
+  const double table = double(c.vocab * c.dim) * (c.tied ? 1 : 2) *
+                       (o.head == Format::kF16 ? 2.0 : o.head == Format::kQ8 ? 1.0 + 2.0 / 64 : 0.5 + 2.0 / 128);
+  log_info("blocks      %lld, %.1f M weights, %.3f bits a weight", (long long)c.layers, double(c.linear_weights()) / 1e6, bits);
+  log_info("file        %s", bytes_text(double(c.linear_weights()) * bits / 8 + table).c_str());
+  log_info("memory      %s: block %s, Hessian %s, activations %s, forward %s", bytes_text(double(p.total())).c_str(),
+           bytes_text(double(p.block)).c_str(), bytes_text(double(p.hessian)).c_str(),
+           bytes_text(double(p.activations)).c_str(), bytes_text(double(p.forward)).c_str());
+  if (samples) {
+    log_info("calibration %lld x %lld tokens, %s", (long long)samples, (long long)seq_len,
+             self_written ? "written by the model" : "from the text");
+    log_info("work        %.1f TFLOP", quantize_flops(c, o, samples, seq_len, self_written) / 1e12);
+  }
+}
+
+// Adds a tensor unless an earlier run has.
+void add(Q4sWriter& w, const std::string& name, const WeightView& view) {
+  if (!w.find_kept(name)) w.add_tensor(name, view);
+}
+void add(Q4sWriter& w, const std::string& name, int64_t n, int64_t k, const std::vector<float>& values) {
+  add(w, name, {.format = Format::kF32, .n = n, .k = k, .data = reinterpret_cast<const uint8_t*>(values.data())});
+}
+
+int inspect(const Cli& cli) {
+  const Q4sFile file = Q4sFile::open(cli.get("MODEL"));
+  if (cli.on("show")) out(file.show());
+  if (cli.on("verify")) {
+    file.verify();
+    out(file.path() + ": all checksums hold\n");
+  }
+  return 0;
+}
+
+int quantize(const Cli& cli) {
+  const auto start = Clock::now();
+  Report report;
+  auto lap = [&report, last = start](const char* stage) mutable {
+    const auto now = Clock::now();
+    report.stages.emplace_back(stage, std::chrono::duration<double>(now - last).count());
+    last = now;
+  };
+  const std::string source = cli.get("MODEL"), target = cli.get("OUT");
+  const QuantizeOptions options = parse_options(cli);
+  if (options.solve.grid == GridKind::kAsym)
+    throw Error(ErrorKind::kUsage, "--grid asym: a .q4s file has no zero points; see --compare-grids");
+  const bool self_written = !cli.given("calib");
+  const int64_t samples = options.solve.rtn ? 0 : cli.get_integer("samples");
+
+  LlamaModel model = open_llama(source);
+  if (model.kind == "q4s") throw Error(ErrorKind::kInput, source + ": is quantised already; give the model it came from");
+  const LlamaConfig& c = model.config;
+  const int64_t seq_len = std::min(cli.get_integer("seq-len"), c.context);
+  const int64_t widest = std::max({c.dim, c.q_dim(), c.hidden});
+  Calibration calibration;
+  if (samples && !self_written)
+    calibration = calibration_from_text(*model.tokenizer, cli.get("calib"), samples, seq_len, options.seed);
+  show_plan(model, options, samples, seq_len, self_written);
+  if (samples && samples * seq_len < 8 * widest)
+    log_warn("%lld calibration tokens are few for inputs of width %lld: at least %lld are better",
+             (long long)(samples * seq_len), (long long)widest, (long long)(8 * widest));
+  if (cli.on("dry-run")) return 0;
+  if (target.empty()) throw Error(ErrorKind::kUsage, "OUT is missing (or --dry-run, --show, --verify)");
+
+  Graceful graceful;
+  std::vector<std::string> inputs = {source};
+  if (!self_written) inputs.push_back(cli.get("calib"));
+  check_output(target, cli.on("force") || cli.on("resume"), inputs);
+  if (cli.given("report")) check_output(cli.get("report"), true, inputs);
+  std::string note;
+  const std::unique_ptr<Backend> backend = make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
+  if (!note.empty()) log_info("%s", note.c_str());
+  const Team team = [&](const std::function<void(Part)>& fn) { backend->pool().run(fn); };
+
+  check_weights(model, team, stop_if_requested);
+  const Json sources = source_json(source);
+  const Json chosen = options_json(cli, options);
+  Json key = {{"version", Q4S_VERSION}, {"source", sources}, {"options", chosen}, {"samples", samples}, {"seq_len", seq_len}};
+  key["calibration"] = !samples ? "none" : self_written ? "self-written" : calibration.hash;
+  lap("reading");
+
+  Q4sWriter writer(target, {.force = cli.on("force"), .resume = cli.on("resume"), .key = key.dump(), .inputs = inputs});
+  if (samples && self_written) {
+    if (!writer.notes().empty()) {
+      const Json kept = Json::parse(writer.notes()[0]);
+      calibration = {"self-written", kept["xxh3"], samples, seq_len, options.seed, kept["ids"].get<std::vector<int32_t>>()};
+    } else {
+      Progress bar("writing calibration text", samples * seq_len, "tokens");
+      calibration = calibration_self_written(model, *backend, samples, seq_len, options.seed, [&](int64_t done, int64_t) {
+        stop_if_requested();
+        bar.update(done);
+      });
+    }
+  }
+  lap("calibration");
+
+  const QuantizedFrame frame = quantize_frame(model, options, team);
+  add(writer, "embed", frame.embed.view);
+  if (!c.tied) add(writer, "head", frame.head.view);
+  add(writer, "final_norm", 1, c.dim, frame.final_norm);
+  if (frame.config.rotated) {
+    add(writer, "rotation.signs", 1, c.dim, frame.rotation.signs);
+    add(writer, "rotation.factor", frame.rotation.m, frame.rotation.m, frame.rotation.factor);
+  }
+  if (writer.notes().empty()) {
+    Json first = samples ? calibration_json(calibration) : Json::object();
+    if (samples && self_written) first["ids"] = calibration.tokens;
+    writer.checkpoint(first.dump());
+  }
+  lap("embedding");
+
+  for (size_t i = 1; i < writer.notes().size(); ++i) report.blocks.push_back(block_report(writer.notes()[i]));
+  const int64_t kept_blocks = int64_t(report.blocks.size());
+  Progress bar("quantising", 4 * c.layers, "linears");
+  bar.skip(4 * kept_blocks);
+  if (kept_blocks) log_info("going on after block %lld", (long long)kept_blocks - 1);
+  std::map<Unit, PackedWeight> units;
+  QuantizeSink sink;
+  sink.kept = [&](int64_t block, Unit u) -> std::optional<WeightView> {
+    const Q4sTensor* t = block < kept_blocks ? writer.find_kept(unit_name(block, u)) : nullptr;
+    return t ? std::optional(t->view) : std::nullopt;
+  };
+  sink.unit = [&](int64_t, Unit u, UnitResult& r) { units[u] = std::move(r.packed); };
+  sink.block_done = [&](int64_t block, const BlockWeights& w, const BlockReport& b) {
+    const std::string name = "blk." + std::to_string(block);
+    add(writer, name + ".attn_norm", 1, c.dim, w.attn_norm);
+    add(writer, unit_name(block, Unit::kQkv), units[Unit::kQkv].view);
+    add(writer, unit_name(block, Unit::kO), units[Unit::kO].view);
+    add(writer, name + ".mlp_norm", 1, c.dim, w.mlp_norm);
+    add(writer, unit_name(block, Unit::kGateUp), units[Unit::kGateUp].view);
+    add(writer, unit_name(block, Unit::kDown), units[Unit::kDown].view);
+    writer.checkpoint(to_json(b));
+    report.blocks.push_back(b);
+  };
+  sink.progress = [&](int64_t done, int64_t) {
+    stop_if_requested();
+    bar.update(done);
+  };
+  quantize_blocks(model, *backend, frame, samples ? &calibration : nullptr, options, sink);
+  lap("blocks");
+
+  const std::string tokenizer = model.tokenizer->serialize();
+  writer.add_blob("tokenizer", {reinterpret_cast<const uint8_t*>(tokenizer.data()), tokenizer.size()});
+  writer.set_config(config_to_json(frame.config));
+  report.options = chosen.dump();
+  report.calibration = samples ? calibration_json(calibration).dump() : "{}";
+  report.bits_per_weight = planned_bits(c, options);
+  writer.set_provenance(Json{{"tool", std::string("llama-quant ") + Q4S_VERSION},
+                             {"source", sources},
+                             {"options", chosen},
+                             {"calibration", Json::parse(report.calibration)},
+                             {"losses", losses_json(report.blocks)}}
+                            .dump());
+  writer.finish();
+  lap("finishing");
+  report.size_bytes = int64_t(std::filesystem::file_size(target));
+  report.peak_bytes = peak_resident_bytes();
+  if (cli.given("report")) {
+    AtomicFile f(cli.get("report"), true, inputs);
+    f.write(to_json(report));
+    f.commit();
+  }
+  log_info("%s: %s, %.3f bits a weight in the blocks, %s, peak memory %s", target.c_str(),
+           bytes_text(double(report.size_bytes)).c_str(), report.bits_per_weight,
+           duration_text(std::chrono::duration<double>(Clock::now() - start).count()).c_str(),
+           bytes_text(double(report.peak_bytes)).c_str());
+  return 0;
+}
+
+int run(int argc, char** argv) {
+  Cli cli("llama-quant", "MODEL OUT.q4s [OPTIONS]", "Quantises a LLaMA-family model to symmetric int4 with GPTQ.");
+  cli.positional("MODEL", "Hugging Face folder or GGUF file; with --show or --verify a .q4s file");
+  cli.positional("OUT", ".q4s file to write", false);
+  cli.text("calib", "FILE", "", "calibration text, .txt or .jsonl; without it the model writes its own");
+  cli.integer("samples", 512, 1, 1 << 20, "calibration sequences");
+  cli.integer("seq-len", 512, 1, 1 << 20, "tokens of a sequence, at most the model's context");
+  cli.choice("group", {"128", "64", "32", "row"}, "columns that share a scale");
+  cli.choice("grid", {"signed", "sym8", "sym7", "half", "asym"}, "levels of a group; asym only with --compare-grids");
+  cli.real("damp", 0.05, 0.0, 1.0, "damping, as a fraction of the Hessian's mean diagonal");
+  cli.choice("head", {"q8", "f16", "q4"}, "format of embedding and head");
+  cli.flag("rtn", "round to nearest: no calibration, no GPTQ");
+  cli.text("off", "PARTS", "", "leave out rotation, target, residual, search, refine, act-order (comma list)");
+  cli.text("only", "REGEX", "", "quantise only matching linears (blk.3.gate_up); the rest stays fp16");
+  cli.list("tensor", "REGEX=FORMAT", "g32, g64, g128, row or q8 for matching linears; the first match counts");
+  cli.integer("seed", 0, 0, INT64_MAX, "of calibration and rotation");
+  cli.text("report", "FILE", "", "JSON with losses, weights and times of every linear");
+  cli.flag("dry-run", "show sizes and memory, do nothing");
+  cli.flag("resume", "go on where an interrupted run stopped");
+  cli.flag("force", "overwrite OUT");
+  cli.flag("show", "print header, tensors and sizes of a .q4s file");
+  cli.flag("verify", "check every checksum of a .q4s file");
+  cli.device_options();
+  if (!cli.parse(argc, argv)) return 0;
+  if (cli.on("show") || cli.on("verify")) return inspect(cli);
+  try {
+    return quantize(cli);
+  } catch (const Stopped&) {
+    log_warn("stopped; the same command with --resume goes on");
+    return stop_requested();
+  }
+}
+
+}  // namespace
+}  // namespace q4s
+
+int main(int argc, char** argv) { return q4s::run_tool("llama-quant", argc, argv, q4s::run); }

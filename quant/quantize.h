@@ -1,0 +1,93 @@
+// Quantises a model block by block: every linear sees the inputs that the quantised model so far gives it, and is
+// drawn towards what the full-precision model would have seen. Knows no files: what it makes is handed to a sink.
+#pragma once
+#include <functional>
+#include <optional>
+#include <regex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "quant/calibration.h"
+#include "quant/pack.h"
+#include "quant/report.h"
+
+namespace q4s {
+
+// The four linears of a block: the unit of a Hessian, and of group and bits in the file.
+enum class Unit { kQkv, kO, kGateUp, kDown };
+constexpr Unit kUnits[] = {Unit::kQkv, Unit::kO, Unit::kGateUp, Unit::kDown};
+std::string unit_name(int64_t block, Unit);  // "blk.3.qkv", the tensor's name
+int64_t unit_rows(const LlamaConfig&, Unit);
+int64_t unit_columns(const LlamaConfig&, Unit);
+
+// The seven projections of a block as rows of its units.
+struct Projection {
+  const char* name;
+  Unit unit;
+  int64_t begin, end;  // rows
+};
+std::vector<Projection> projections(const LlamaConfig&);
+
+struct Format4 {  // grid and group of one linear
+  GridKind grid = GridKind::kSigned;
+  int64_t group = 128;  // 0: the whole row
+};
+
+struct QuantizeOptions {
+  SolveOptions solve;              // grid and group for all but `special`
+  double damp = 0.05;
+  bool act_order = true;
+  bool rotate = true;
+  bool seed_method = false;        // quant/seed.h instead of our stack; analysis only
+  Format head = Format::kQ8;       // of embedding and head: kF16, kQ8, kQ4
+  uint64_t seed = 0;               // of the rotation
+  std::optional<std::regex> only;  // linears whose name does not match stay as they are, in fp16
+  std::vector<std::pair<std::regex, Format4>> special;  // the first match counts
+
+  bool corrects() const { return !solve.rtn && !seed_method && (solve.alpha != 0 || solve.beta != 0); }
+  Format4 format_of(const std::string& name) const;
+  bool covers(const std::string& name) const { return !only || std::regex_search(name, *only); }
+};
+
+// What a unit became. `packed` is empty for the analysis-only methods.
+struct UnitResult {
+  std::vector<float> values;  // (N, K) as the packed kernels compute with them
+  PackedWeight packed;
+};
+
+struct QuantizeSink {
+  // Of a block that an earlier run finished: its packed units are asked for, not solved again. Null: none.
+  std::function<std::optional<WeightView>(int64_t block, Unit)> kept;
+  std::function<void(int64_t block, Unit, UnitResult&)> unit;
+  // Norm gains (1 after folding) and the end of a block; not called for kept blocks.
+  std::function<void(int64_t block, const BlockWeights& norms, const BlockReport&)> block_done;
+  std::function<void(int64_t done, int64_t total)> progress;  // units
+};
+
+// The tables of the model as they go into the file; config.rotated says whether the rotation has to be stored.
+struct QuantizedFrame {
+  LlamaConfig config;
+  PackedWeight embed, head;       // head empty where tied
+  std::vector<float> final_norm;  // (D)
+  Rotation rotation;              // R1; dim 0: none
+};
+QuantizedFrame quantize_frame(const LlamaModel&, const QuantizeOptions&, const Team&);
+
+// Walks over the blocks. Without calibration (plain rounding only) losses are measured with H = I.
+void quantize_blocks(LlamaModel&, Backend&, const QuantizedFrame&, const Calibration*, const QuantizeOptions&,
+                     const QuantizeSink&);
+
+// Bytes that quantize_blocks takes beside the mapped model.
+struct QuantizePlan {
+  int64_t block, hessian, activations, forward;
+  int64_t total() const { return block + hessian + activations + forward; }
+};
+QuantizePlan plan_quantize(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len);
+// Floating-point operations of the whole, without attention.
+double quantize_flops(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len, bool self_written);
+
+// Reads every weight once; throws Error(kInput) as unpack_rows does. tick() is called between tensors.
+void check_weights(const LlamaModel&, const Team&, const std::function<void()>& tick);
+
+}  // namespace q4s
