@@ -1,6 +1,7 @@
-// sample.h. Blocks look for the largest logit of each group of neighbours; the last of them to end makes the choice.
-// With top-k the k-th largest group maximum is a lower bound of the k-th largest logit, so that only the groups that
-// reach it are read again. What is kept is sorted in shared memory by unique keys: no order depends on timing.
+// sample.h. Blocks look for the largest logit of each group of neighbours; the last of them to end makes the
+// choice. With top-k the k-th largest group maximum is a lower bound of the k-th largest logit, so that only
+// the groups that reach it are read again. What is kept is sorted in shared memory by unique keys: no order
+// depends on timing.
 #include <cuda_runtime.h>
 
 #include "kernels/block_reduce.cuh"
@@ -18,7 +19,9 @@ constexpr int64_t kBlockGroups = kWarps;
 
 // Groups are a multiple of 32 neighbours, few enough to be ranked.
 Q4S_HOST_DEVICE int64_t group_size(int64_t vocab) { return (vocab + 32 * kMaxima - 1) / (32 * kMaxima) * 32; }
-Q4S_HOST_DEVICE int64_t group_count(int64_t vocab) { return (vocab + group_size(vocab) - 1) / group_size(vocab); }
+Q4S_HOST_DEVICE int64_t group_count(int64_t vocab) {
+  return (vocab + group_size(vocab) - 1) / group_size(vocab);
+}
 
 using Key = unsigned long long;
 
@@ -77,7 +80,8 @@ __device__ void visit_groups(const Shared& s, const float* logits, int64_t vocab
   const int64_t size = group_size(vocab), groups = group_count(vocab);
   for (int64_t g = threadIdx.x / 32; g < groups; g += kWarps) {
     if (s.maxima[g] < least) continue;
-    for (int64_t id = g * size + threadIdx.x % 32; id < min((g + 1) * size, vocab); id += 32) fn(logits[id], id);
+    for (int64_t id = g * size + threadIdx.x % 32; id < min((g + 1) * size, vocab); id += 32)
+      fn(logits[id], id);
   }
 }
 
@@ -85,7 +89,8 @@ __device__ int block_count(int v, int* shared) {
   return block_reduce<kThreads>(v, shared, 0, [](int a, int b) { return a + b; });
 }
 
-// The k largest keys, sorted, in s.candidates; returns how many there are (fewer than k where others are banned).
+// The k largest keys, sorted, in s.candidates; returns how many there are (fewer than k where others are
+// banned).
 __device__ int select_top(Shared& s, const float* logits, int64_t vocab, int k) {
   const int groups = int(group_count(vocab));
   Key least = 1;  // leaves out nothing but padding
@@ -102,7 +107,8 @@ __device__ int select_top(Shared& s, const float* logits, int64_t vocab, int k) 
   int count = 0;
   visit_groups(s, logits, vocab, least, [&](float v, int64_t id) { count += key_of(v, id) >= least; });
   count = block_count(count, s.counts);
-  if (count > kCandidates) {  // many near ties: the exact k-th key by bisection, `low` always has k keys at or above
+  if (count >
+      kCandidates) {  // many near ties: the exact k-th key by bisection, `low` always has k keys at or above
     Key low = least, high = ~Key(0);
     while (high - low > 1) {
       const Key middle = low + (high - low) / 2;
@@ -168,14 +174,17 @@ __device__ int32_t draw_sorted(Shared& s, const SampleParams& p, int count, doub
 }
 
 // Without sorting, in order of id: group sums, then the group that holds the target, then the logit in it.
-__device__ int32_t draw_all(Shared& s, const SampleParams& p, const float* logits, int64_t vocab, Key best_key,
-                            double uniform) {
+__device__ int32_t draw_all(Shared& s, const SampleParams& p, const float* logits, int64_t vocab,
+                            Key best_key, double uniform) {
   const float best = logit_of(best_key), least = p.min_p > 0 ? best + logf(p.min_p) : -INFINITY;
   const int64_t size = group_size(vocab), groups = group_count(vocab);
-  const auto weight = [&](int64_t id) { return logits[id] < least ? 0.f : expf((logits[id] - best) / p.temperature); };
+  const auto weight = [&](int64_t id) {
+    return logits[id] < least ? 0.f : expf((logits[id] - best) / p.temperature);
+  };
   for (int64_t g = threadIdx.x / 32; g < groups; g += kWarps) {
     double sum = 0;
-    for (int64_t id = g * size + threadIdx.x % 32; id < min((g + 1) * size, vocab); id += 32) sum += weight(id);
+    for (int64_t id = g * size + threadIdx.x % 32; id < min((g + 1) * size, vocab); id += 32)
+      sum += weight(id);
     for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     if (threadIdx.x % 32 == 0) s.sums[g] = sum;
   }
@@ -190,7 +199,8 @@ __device__ int32_t draw_all(Shared& s, const SampleParams& p, const float* logit
   return id_of(best_key);  // the sums of groups and of their members differ in rounding
 }
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a, Key* maxima, unsigned* ended, int* bad) {
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(SampleArgs a, Key* maxima, unsigned* ended, int* bad) {
   extern __shared__ __align__(16) unsigned char storage[];
   Shared& s = *reinterpret_cast<Shared*>(storage);
   pdl_trigger();
@@ -212,7 +222,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a, Key* max
   }
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) s.last = atomicInc(&ended[r], gridDim.x - 1) == gridDim.x - 1;  // back to 0 for the next draw
+  if (threadIdx.x == 0)
+    s.last = atomicInc(&ended[r], gridDim.x - 1) == gridDim.x - 1;  // back to 0 for the next draw
   __syncthreads();
   if (!s.last) return;
   __threadfence();
@@ -254,7 +265,9 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a, Key* max
 }  // namespace
 
 // Group maxima, then a counter and a flag a row.
-size_t sample_scratch_bytes(int64_t rows, int64_t vocab) { return size_t(rows * (group_count(vocab) * 8 + 8)); }
+size_t sample_scratch_bytes(int64_t rows, int64_t vocab) {
+  return size_t(rows * (group_count(vocab) * 8 + 8));
+}
 
 void sample_cuda(const SampleArgs& a, cudaStream_t stream) {
   if (a.adjusts) launch("sample", adjust_kernel, unsigned(a.rows), kThreads, 0, 1, true, stream, a);

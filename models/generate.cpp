@@ -34,38 +34,39 @@ Generated generate(Session& session, const Tokenizer& tokenizer, Sampler& sample
   };
 
   auto start = Clock::now();
-  std::span<const float> logits = session.feed(prompt);
+  const std::span<const float> logits = session.feed(prompt);
   g.prompt_tokens = int64_t(prompt.size());
   g.prompt_seconds = since(start);
   start = Clock::now();
-  for (;;) {
-    if (stop()) {
-      g.reason = StopReason::kInterrupted;
-      break;
-    }
-    if (int64_t(g.tokens.size()) == options.predict) {
-      g.reason = StopReason::kLength;
-      break;
-    }
-    const int32_t token = sampler.sample(logits);
-    sampler.accept(token);
-    if (tokenizer.is_eos(token)) {
-      g.reason = StopReason::kEos;
-      break;
-    }
+  // Whether the text goes on after `token`.
+  const auto take = [&](int32_t token) {
+    const auto end = [&](StopReason reason) {
+      g.reason = reason;
+      return false;
+    };
+    if (tokenizer.is_eos(token)) return end(StopReason::kEos);
     g.tokens.push_back(token);
     emit(token, stops.push(utf8.push(decoder.next(token))));
-    if (stops.hit()) {
-      g.reason = StopReason::kStop;
-      break;
+    if (stops.hit()) return end(StopReason::kStop);
+    if (int64_t(g.tokens.size()) == options.predict) return end(StopReason::kLength);
+    if (session.length() == session.ctx()) return end(StopReason::kContext);
+    if (stop()) return end(StopReason::kInterrupted);
+    return true;
+  };
+  if (options.predict == 0 || stop()) {
+    g.reason = options.predict == 0 ? StopReason::kLength : StopReason::kInterrupted;
+  } else {
+    const int32_t first = sampler.sample(logits);
+    sampler.accept(first);
+    if (take(first)) {
+      const Session::Next next{0, first, &sampler};
+      const int64_t left = session.ctx() - session.length();
+      const int64_t steps = options.predict < 0 ? left : std::min(left, options.predict - 1);
+      session.decode({&next, 1}, steps, [&](int64_t, std::span<const int32_t> drawn) {
+        ++g.steps;
+        return take(drawn[0]);
+      });
     }
-    if (session.length() == session.ctx()) {
-      g.reason = StopReason::kContext;
-      break;
-    }
-    if (int64_t(g.tokens.size()) == options.predict) continue;
-    logits = session.feed({&token, 1});
-    ++g.steps;
   }
   g.eval_seconds = since(start);
   const std::string held = stops.push(utf8.flush()) + stops.flush();

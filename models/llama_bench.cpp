@@ -79,11 +79,12 @@ class Bench {
         session_.feed(std::span(ids_).subspan(size_t(t.depth), size_t(t.prompt)), s);
       return;
     }
-    std::vector<std::pair<int, int32_t>> step(size_t(t.batch), {0, 0});
-    for (int64_t i = 0; i < t.gen; ++i) {
-      for (int s = 0; s < int(t.batch); ++s) step[size_t(s)] = {s, ids_[size_t(t.depth + i)]};
-      session_.step(step);
-    }
+    SamplerOptions greedy;
+    greedy.temperature = 0;
+    std::vector<Sampler> samplers(size_t(t.batch), Sampler(greedy));
+    std::vector<Session::Next> next;
+    for (int s = 0; s < int(t.batch); ++s) next.push_back({s, ids_[size_t(t.depth)], &samplers[size_t(s)]});
+    session_.decode(next, t.gen, [](int64_t, std::span<const int32_t>) { return true; });
   }
 
   LlamaModel& model_;

@@ -178,4 +178,60 @@ std::span<const float> Session::step(std::span<const std::pair<int, int32_t>> it
   return logits;
 }
 
+void Session::decode(std::span<const Next> rows, int64_t steps, const OnStep& visit) {
+  const SamplerOptions& o = rows.front().sampler->options();
+  const int64_t window = o.repeat_last_n < 0 ? ctx() : o.repeat_last_n, vocab = model_.config.vocab;
+  for (const Next& r : rows)
+    if (length(r.sequence) + steps > ctx())
+      throw Error(ErrorKind::kUsage, std::to_string(steps) + " steps after " + std::to_string(length(r.sequence)) +
+                                         " tokens do not fit the context of " + std::to_string(ctx()));
+  DecodeLoop loop{.graph = &decode_->graph,
+                  .token = decode_->in.token,
+                  .position = decode_->in.position,
+                  .logits = decode_->logits,
+                  .rows = {},
+                  .steps = steps,
+                  .params = {o.temperature, o.top_k, o.top_p, o.min_p, o.repeat_penalty, o.presence_penalty,
+                             o.frequency_penalty, int32_t(window), o.seed},
+                  .banned = o.banned};
+  if (!loop.params.penalises()) loop.params.repeat_last_n = 0;
+  std::vector<int32_t> next, at, sequence, wanted;
+  for (const Next& r : rows) next.push_back(r.token);
+
+  if (!backend_.decodes(loop.params, int64_t(o.banned.size()))) {
+    std::vector<std::pair<int, int32_t>> items(rows.size());
+    std::vector<int32_t> drawn(rows.size());
+    for (int64_t i = 0; i < steps; ++i) {
+      for (size_t r = 0; r < rows.size(); ++r) items[r] = {rows[r].sequence, next[r]};
+      const std::span<const float> logits = step(items);
+      for (size_t r = 0; r < rows.size(); ++r) {
+        next[r] = drawn[r] = rows[r].sampler->sample(logits.subspan(r * size_t(vocab), size_t(vocab)));
+        rows[r].sampler->accept(drawn[r]);
+      }
+      if (!visit(i, drawn)) return;
+    }
+    return;
+  }
+
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Sampler& s = *rows[i].sampler;
+    const std::span<const int32_t> history = s.history();
+    const auto last = history.last(std::min(history.size(), size_t(loop.params.repeat_last_n)));
+    sequence.push_back(rows[i].sequence);
+    at.push_back(int32_t(length(rows[i].sequence)));
+    wanted.push_back(int32_t(i));
+    loop.rows.push_back({at.back(), s.sequence(), s.step(), {last.begin(), last.end()}});
+  }
+  const auto put = [&](Tensor* t, const std::vector<int32_t>& v) { backend_.write(t->data, v.data(), 4 * v.size()); };
+  put(decode_->in.token, next), put(decode_->in.position, at);
+  put(decode_->in.sequence, sequence), put(decode_->in.wanted, wanted);
+  backend_.decode(loop, kv_, scratch_, [&](int64_t i, std::span<const int32_t> drawn) {
+    for (size_t r = 0; r < rows.size(); ++r) {
+      ++lengths_[size_t(rows[r].sequence)];
+      rows[r].sampler->drew(drawn[r]);
+    }
+    return visit(i, drawn);
+  });
+}
+
 }  // namespace q4s

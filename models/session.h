@@ -9,6 +9,7 @@
 
 #include "models/llama.h"
 #include "runtime/backend.h"
+#include "runtime/sampler.h"
 
 namespace q4s {
 
@@ -61,6 +62,17 @@ class Session {
   // One token for each of several distinct sequences, appended to each. Returns logits (n, V), row i for item i,
   // valid until the next call.
   std::span<const float> step(std::span<const std::pair<int, int32_t>> sequence_and_token);
+
+  // A sequence that goes on: `token` is fed next, the sampler draws what follows. All samplers have the same options.
+  struct Next {
+    int sequence;
+    int32_t token;
+    Sampler* sampler;
+  };
+  // Up to `steps` steps, each feeding one token to every sequence and drawing the next, on the device where it can.
+  // visit(i, tokens drawn in step i) in order; false ends the run after that step. Every fed token then stands in its
+  // sequence, the last drawn ones do not. Throws as feed().
+  void decode(std::span<const Next>, int64_t steps, const OnStep& visit);
 
  private:
   struct Plan;

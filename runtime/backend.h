@@ -34,18 +34,19 @@ using Observer = std::function<void(const Tensor&)>;
 // A decoding run that stays on the device: every step draws a token for each row from its logits, puts it where the
 // next step reads it, and advances the positions.
 struct DecodeLoop {
+  struct Row {
+    int32_t position = 0;         // of the first step
+    uint64_t stream = 0;          // with the seed of params: its random numbers
+    uint64_t drawn = 0;           // how many of them are used up
+    std::vector<int32_t> window;  // at most params.repeat_last_n tokens before the first draw, oldest first
+  };
   const Graph* graph;
-  Tensor *token, *position;                // (T) inputs of graph; already written for the first step
-  Tensor* logits;                          // (T, V) of graph: one row a token
-  int64_t rows;                            // T
-  int64_t reach;                           // every position of the first step is below it
-  int64_t steps;                           // how many to take at most
+  Tensor *token, *position;  // (T) inputs of graph; all inputs are written for the first step
+  Tensor* logits;            // (T, V) of graph: row i for token i
+  std::vector<Row> rows;     // (T)
+  int64_t steps = 0;         // how many to take at most
   SampleParams params;
-  uint64_t seed = 0;
-  std::vector<uint64_t> sequences;         // (T) with the seed: the random stream of a row
-  std::vector<uint64_t> drawn;             // (T) tokens drawn before: where its stream goes on
-  std::vector<std::vector<int32_t>> last;  // (T) the tokens before the first draw, for the penalties
-  std::vector<int32_t> banned;             // ids never to be drawn
+  std::vector<int32_t> banned;  // ids never to be drawn
 };
 // Tokens (T) drawn in step i, in order, some steps behind the device. False ends the run.
 using OnStep = std::function<bool(int64_t i, std::span<const int32_t> tokens)>;
@@ -88,8 +89,9 @@ class Backend {
   virtual void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
                    const Observer* observer = nullptr) = 0;
 
-  // Whether decode() can draw tokens with these settings; elsewhere the caller runs steps and samples on the host.
-  virtual bool decodes(const SampleParams&) const { return false; }
+  // Whether decode() can draw tokens with these settings and so many bans; elsewhere the caller runs steps and
+  // samples on the host.
+  virtual bool decodes(const SampleParams&, int64_t /*banned*/) const { return false; }
   // Throws Error(kRuntime) naming the position where logits are not finite.
   virtual void decode(const DecodeLoop&, const KvCache&, std::byte* scratch, const OnStep&);
 };

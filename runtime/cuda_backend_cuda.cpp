@@ -4,14 +4,16 @@
 #include <cuda_runtime_api.h>
 
 #include <bit>
+#include <cassert>
+#include <cstddef>
 #include <map>
-#include <tuple>
 
 #include "kernels/attention.h"
 #include "kernels/convert.h"
 #include "kernels/cuda_check.h"
 #include "kernels/dense_cuda.h"
 #include "kernels/embed.h"
+#include "kernels/read_sweep.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rotate.h"
 #include "kernels/swiglu.h"
@@ -157,8 +159,26 @@ auto guarded(const std::string& what, const Fn& fn) {
   }
 }
 
-// Everything that a captured step depends on.
-using StepKey = std::tuple<const Graph*, int64_t, int64_t, int64_t, const std::byte*, const std::byte*>;
+constexpr int64_t kAhead = 8;  // decoding steps that the device may be ahead of the host
+
+// Where a decoding run keeps what it carries from step to step, behind the scratch of the nodes.
+struct DrawMemory {
+  size_t rows, scratch, bytes;  // offsets after the SampleState, and the end
+  DrawMemory(int64_t count, int64_t vocab)
+      : rows(aligned(sizeof(SampleState))),
+        scratch(rows + aligned(int64_t(sizeof(SampleRow)) * count)),
+        bytes(scratch + aligned(int64_t(sample_scratch_bytes(count, vocab)))) {}
+};
+
+// Everything that a captured step depends on. drawn: where its tokens go, null for a step without a draw.
+struct StepKey {
+  const Graph* graph;
+  int64_t tokens, outputs, reach;
+  const std::byte *kv, *scratch;
+  const int32_t* drawn;
+  bool adjusts;
+  auto operator<=>(const StepKey&) const = default;
+};
 
 class CudaBackend final : public Backend {
  public:
@@ -207,26 +227,35 @@ class CudaBackend final : public Backend {
   }
 
   bool fuses() const override { return true; }
-  double read_bandwidth() override { return 0; }
+  double read_bandwidth() override {
+    if (read_bandwidth_ == 0)
+      read_bandwidth_ = guarded("read sweep", [&] { return read_sweep_cuda(stream_.get()); });
+    return read_bandwidth_;
+  }
 
   size_t scratch_bytes(const Graph& g) override {
-    size_t most = 0;
-    for (const auto& n : g.nodes()) most = std::max(most, scratch_of(*n, g.max().of(n->rows)).bytes());
-    return most;
+    const Tensor& last = *g.nodes().back();
+    const bool logits = last.rows == Rows::kOutputs;
+    return node_scratch(g) + (logits ? DrawMemory(g.max().outputs, last.cols).bytes : 0);
   }
 
   void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
            const Observer* observer) override {
-    const Step step{counts, kv, scratch, stream_.get(), dense_};
+    Step step{counts, kv, scratch, stream_.get(), dense_};
     if (!observer && counts.tokens <= kReplayTokens) {
-      guarded("a step of " + std::to_string(counts.tokens) + " tokens",
-              [&] { cuda_check(cudaGraphLaunch(captured(g, step), stream_.get()), "graph launch"); });
+      guarded("a step of " + std::to_string(counts.tokens) + " tokens", [&] { replay(g, step, nullptr); });
       return;
     }
     for (const auto& n : g.nodes()) {
       if (observer && *observer) (*observer)(*n);
       launch(*n, step);
     }
+  }
+
+  bool decodes(const SampleParams& p, int64_t banned) const override { return sample_supported(p, banned); }
+
+  void decode(const DecodeLoop& d, const KvCache& kv, std::byte* scratch, const OnStep& visit) override {
+    guarded("decoding", [&] { decode_checked(d, kv, scratch, visit); });
   }
 
  private:
@@ -238,6 +267,14 @@ class CudaBackend final : public Backend {
     void operator()(cudaGraphExec_t g) const { (void)cudaGraphExecDestroy(g); }
   };
   using Captured = std::unique_ptr<CUgraphExec_st, GraphDeleter>;
+
+  struct EventDeleter {
+    void operator()(cudaEvent_t e) const { (void)cudaEventDestroy(e); }
+  };
+  using Event = std::unique_ptr<CUevent_st, EventDeleter>;
+  struct PinnedDeleter {
+    void operator()(int32_t* p) const { (void)cudaFreeHost(p); }
+  };
 
   static cudaDeviceProp choose(int device) {
     const auto none = [](const std::string& why) {
@@ -267,18 +304,30 @@ class CudaBackend final : public Backend {
     guarded(std::string(op_name(t.op)) + " " + t.name, [&] { kTable[int(t.op)](t, s); });
   }
 
-  // The step with positions below `reach`, as an executable graph.
-  cudaGraphExec_t captured(const Graph& g, Step step) {
+  static size_t node_scratch(const Graph& g) {
+    size_t most = 0;
+    for (const auto& n : g.nodes()) most = std::max(most, scratch_of(*n, g.max().of(n->rows)).bytes());
+    return aligned(int64_t(most));
+  }
+
+  // Runs a step from its captured graph; with `draw` tokens are drawn at its end.
+  void replay(const Graph& g, Step step, const SampleArgs* draw) {
     int64_t& reach = step.counts.reach;
-    reach = reach ? std::min(step.kv.ctx, std::max(kFirstBucket, int64_t(std::bit_ceil(uint64_t(reach)))))
-                  : step.kv.ctx;
-    Captured& found =
-        steps_[{&g, step.counts.tokens, step.counts.outputs, reach, step.kv.base, step.scratch}];
-    if (found) return found.get();
+    const int64_t bucket =
+        std::max(kFirstBucket, int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(reach, 1)))));
+    reach = reach ? std::min(step.kv.ctx, bucket) : step.kv.ctx;
+    Captured& found = steps_[{&g, step.counts.tokens, step.counts.outputs, reach, step.kv.base, step.scratch,
+                              draw ? draw->drawn : nullptr, draw && draw->adjusts}];
+    if (!found) found = capture(g, step, draw);
+    cuda_check(cudaGraphLaunch(found.get(), stream_.get()), "graph launch");
+  }
+
+  Captured capture(const Graph& g, const Step& step, const SampleArgs* draw) {
     cudaGraph_t graph = nullptr;
     cuda_check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "capture");
     try {
       for (const auto& n : g.nodes()) launch(*n, step);
+      if (draw) sample_cuda(*draw, stream_.get());
     } catch (...) {
       (void)cudaStreamEndCapture(stream_.get(), &graph);
       if (graph) (void)cudaGraphDestroy(graph);
@@ -289,8 +338,75 @@ class CudaBackend final : public Backend {
     const cudaError_t e = cudaGraphInstantiate(&exec, graph, 0);
     (void)cudaGraphDestroy(graph);
     cuda_check(e, "graph instantiation");
-    found.reset(exec);
-    return exec;
+    return Captured(exec);
+  }
+
+  void decode_checked(const DecodeLoop& d, const KvCache& kv, std::byte* scratch, const OnStep& visit) {
+    const int64_t rows = int64_t(d.rows.size()), vocab = d.logits->cols;
+    assert(decodes(d.params, int64_t(d.banned.size())) && rows <= d.graph->max().outputs);
+    if (rows > ring_rows_) {
+      steps_.clear();
+      void* p = nullptr;
+      cuda_check(cudaMallocHost(&p, size_t(kAhead * rows) * sizeof(int32_t)), "memory for drawn tokens");
+      ring_.reset(static_cast<int32_t*>(p));
+      ring_rows_ = rows;
+    }
+    if (!events_[0])
+      for (Event& e : events_) {
+        cudaEvent_t event;
+        cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+        e.reset(event);
+      }
+
+    std::byte* base = scratch + node_scratch(*d.graph);
+    const DrawMemory memory(d.graph->max().outputs, vocab);
+    SampleState state{.params = d.params, .banned_count = int32_t(d.banned.size())};
+    std::copy(d.banned.begin(), d.banned.end(), state.banned);
+    std::vector<SampleRow> start(d.rows.size());
+    int64_t reach = 0;
+    for (size_t i = 0; i < start.size(); ++i) {
+      const DecodeLoop::Row& row = d.rows[i];
+      start[i].sequence = row.stream;
+      start[i].drawn = row.drawn;
+      start[i].filled = int32_t(row.window.size());
+      if (d.params.repeat_last_n > 0) start[i].next = start[i].filled % d.params.repeat_last_n;
+      std::copy(row.window.begin(), row.window.end(), start[i].window);
+      reach = std::max<int64_t>(reach, row.position + 1);
+    }
+    write(base, &state, sizeof state);
+    write(base + memory.rows, start.data(), start.size() * sizeof(SampleRow));
+    cuda_check(cudaMemsetAsync(base + memory.scratch, 0, memory.bytes - memory.scratch, stream_.get()),
+               "decoding");
+
+    const SampleArgs draw{d.logits->f32(),
+                          rows,
+                          vocab,
+                          reinterpret_cast<const SampleState*>(base),
+                          reinterpret_cast<SampleRow*>(base + memory.rows),
+                          reinterpret_cast<int32_t*>(d.token->data),
+                          reinterpret_cast<int32_t*>(d.position->data),
+                          ring_.get(),
+                          kAhead,
+                          base + memory.scratch,
+                          d.params.penalises() || !d.banned.empty()};
+    Step step{{rows, rows, 0}, kv, scratch, stream_.get(), dense_};
+    std::vector<int32_t> tokens(static_cast<size_t>(rows));
+    for (int64_t launched = 0, visited = 0; visited < d.steps; ++visited) {
+      for (; launched < std::min(d.steps, visited + kAhead); ++launched) {
+        step.counts.reach = reach + launched;
+        replay(*d.graph, step, &draw);
+        cuda_check(cudaEventRecord(events_[launched % kAhead].get(), stream_.get()), "decoding");
+      }
+      cuda_check(cudaEventSynchronize(events_[visited % kAhead].get()), "running a decoding step");
+      std::copy_n(ring_.get() + visited % kAhead * rows, rows, tokens.begin());
+      for (size_t i = 0; i < tokens.size(); ++i)
+        if (tokens[i] < 0)
+          throw Error(ErrorKind::kRuntime, "logits are not finite after position " +
+                                               std::to_string(d.rows[i].position + visited) + " of row " +
+                                               std::to_string(i));
+      if (!visit(visited, tokens)) break;
+    }
+    cuda_check(cudaStreamSynchronize(stream_.get()), "running a decoding step");  // those that ran ahead
   }
 
   cudaDeviceProp device_;
@@ -299,6 +415,10 @@ class CudaBackend final : public Backend {
   CudaLoader loader_;
   DenseCuda dense_;
   std::map<StepKey, Captured> steps_;
+  std::unique_ptr<int32_t, PinnedDeleter> ring_;  // (kAhead, ring_rows_) tokens drawn
+  int64_t ring_rows_ = 0;
+  double read_bandwidth_ = 0;
+  Event events_[kAhead];
 };
 
 }  // namespace
