@@ -1,6 +1,7 @@
-// Launches with programmatic dependent launch: a kernel may start while its predecessor still runs, loads what no
-// predecessor writes (weights), and then waits. Every block of every kernel calls pdl_wait() before it reads or
-// writes anything that a predecessor touches; a block that skipped it would lose the order two kernels on.
+// Launches with programmatic dependent launch: a kernel may start while its predecessor still runs, loads
+// what no predecessor writes (weights), and then waits. Every block of every kernel calls pdl_wait() before
+// it reads or writes anything that a predecessor touches; a block that skipped it would lose the order two
+// kernels on.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -22,11 +23,33 @@ __device__ __forceinline__ void pdl_wait() {
 #endif
 }
 
-// Launches with `cluster` blocks a cluster (1: none) and, if asked, as a programmatic dependent of the stream's last
-// kernel. Raises the kernel's limit of dynamic shared memory where it must.
+// Facts of the current device; a process uses devices of one kind.
+struct DeviceFacts {
+  int multiprocessors, shared_bytes;  // shared memory one block may have
+  bool hopper;                        // clusters, bulk copies, dependent launch
+};
+inline const DeviceFacts& device_facts() {
+  static const DeviceFacts facts = [] {
+    int device = 0, major = 0;
+    DeviceFacts f{};
+    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+    cuda_check(cudaDeviceGetAttribute(&f.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+               "multiprocessors");
+    cuda_check(cudaDeviceGetAttribute(&f.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "shared memory");
+    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+               "compute capability");
+    f.hopper = major == 9;
+    return f;
+  }();
+  return facts;
+}
+
+// Launches with `cluster` blocks a cluster (1: none) and, if asked, as a programmatic dependent of the
+// stream's last kernel. Raises the kernel's limit of dynamic shared memory where it must.
 template <typename... Params, typename... Values>
-void launch(const char* what, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, int cluster, bool pdl,
-            cudaStream_t stream, const Values&... values) {
+void launch(const char* what, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, int cluster,
+            bool pdl, cudaStream_t stream, const Values&... values) {
   if (shared > 48 * 1024)
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
   cudaLaunchAttribute attributes[2];
@@ -36,7 +59,7 @@ void launch(const char* what, void (*kernel)(Params...), dim3 grid, int threads,
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = attributes;
-  if (pdl) {
+  if (pdl && device_facts().hopper) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
