@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <map>
 
-#include "kernels/attention.h"
+#include "kernels/attention_decode.h"
 #include "kernels/convert.h"
 #include "kernels/cuda_check.h"
 #include "kernels/dense_cuda.h"
@@ -86,44 +86,94 @@ void rope_kv(const Tensor& t, const float* qkv, const Weight& table, float* q, c
                s.stream);
 }
 
-// A linear of any form as its parts.
+// Whether the kernel for few tokens makes the product with this epilogue.
+bool few(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
+  static constexpr RowMap kMaps[] = {RowMap::kPlain, RowMap::kPairHalves, RowMap::kRope};
+  const int64_t most = w.view.format == Format::kQ8 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
+  return w.tiled() && rows <= most && w.tiles.layout.map == kMaps[int(epilogue)] &&
+         linear_decode_supported(w.tiles.layout);
+}
+
+// x (T, K) -> y by that kernel, its largest number of tokens at a time.
+void linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const Step& s) {
+  const DeviceMatrix& w = on_device(*t.weight);
+  const int64_t cols = epilogue == Epilogue::kNone ? w.view.n : t.cols, rows = s.counts.of(t.rows);
+  for (int64_t i = 0; i < rows; i += kLinearDecodeTokens) {
+    LinearDecodeArgs a;
+    a.x = t.src[0]->f32() + i * w.view.k;
+    a.gain = t.gain ? vector_of(*t.gain) : nullptr;
+    a.eps = t.eps;
+    a.w = w.tiles;
+    a.epilogue = epilogue;
+    a.residual = residual ? residual + i * cols : nullptr;
+    a.y = y + i * cols;
+    a.tokens = std::min(kLinearDecodeTokens, rows - i);
+    if (epilogue == Epilogue::kRopeKv) {
+      a.table = vector_of(*t.weight2);
+      a.at = {t.src[1]->i32() + i, t.src[2]->i32() + i};
+      a.kv = s.kv.layer(t.head.layer);
+      a.heads = t.head.heads;
+      a.kv_heads = t.head.kv_heads;
+    }
+    linear_decode_cuda(a, s.stream, true);
+  }
+}
+
+// A linear of any form: in one kernel where there is one, else as its parts.
 void run_linear(Tensor& t, const Step& s) {
   const int64_t rows = s.counts.of(t.rows);
   const DeviceMatrix& w = on_device(*t.weight);
+  const float* residual = t.epilogue != Epilogue::kRopeKv && t.src[1] ? t.src[1]->f32() : nullptr;
+  if (few(w, t.epilogue, rows)) return linear_few(t, t.epilogue, residual, t.f32(), s);
+
   const Scratch size = scratch_of(t, rows);
   float* norm = reinterpret_cast<float*>(s.scratch);
-  float* product = reinterpret_cast<float*>(s.scratch + aligned(size.norm * 4));
-  std::byte* rest = s.scratch + aligned(size.norm * 4) + aligned(size.product * 4);
-
-  const float* x = t.src[0]->f32();
-  if (t.gain) {
-    rms_norm_cuda({x, vector_of(*t.gain), norm, rows, w.view.k, t.eps}, s.stream);
-    x = norm;
+  float* product =
+      t.epilogue == Epilogue::kNone ? t.f32() : reinterpret_cast<float*>(s.scratch + aligned(size.norm * 4));
+  if (few(w, Epilogue::kNone, rows)) {
+    linear_few(t, Epilogue::kNone, residual, product, s);
+  } else {
+    const float* x = t.src[0]->f32();
+    if (t.gain) {
+      rms_norm_cuda({x, vector_of(*t.gain), norm, rows, w.view.k, t.eps}, s.stream);
+      x = norm;
+    }
+    s.dense.linear(x, w, residual, product, rows,
+                   s.scratch + aligned(size.norm * 4) + aligned(size.product * 4));
   }
-  if (t.epilogue == Epilogue::kNone) {
-    s.dense.linear(x, w, t.src[1] ? t.src[1]->f32() : nullptr, t.f32(), rows, rest);
-    return;
-  }
-  s.dense.linear(x, w, nullptr, product, rows, rest);
   if (t.epilogue == Epilogue::kSwiglu)
     swiglu_cuda({product, t.f32(), rows, t.cols}, s.stream);
-  else
+  else if (t.epilogue == Epilogue::kRopeKv)
     rope_kv(t, product, *t.weight2, t.f32(), s);
 }
 
 void run_rope_kv(Tensor& t, const Step& s) { rope_kv(t, t.src[0]->f32(), *t.weight, t.f32(), s); }
 
 void run_attention(Tensor& t, const Step& s) {
-  attention_reference_cuda({t.src[0]->f32(),
-                            {t.src[1]->i32(), t.src[2]->i32()},
-                            s.kv.layer(t.head.layer),
-                            t.f32(),
-                            s.counts.of(t.rows),
-                            t.head.heads,
-                            t.head.kv_heads,
-                            t.head.head_dim,
-                            nullptr},
-                           s.stream);
+  const HeadShape& h = t.head;
+  const int64_t rows = s.counts.of(t.rows);
+  if (rows <= kLinearDecodeTokens && h.head_dim <= 256)
+    attention_decode_cuda({t.src[0]->f32(),
+                           {t.src[1]->i32(), t.src[2]->i32()},
+                           s.kv.layer(h.layer),
+                           t.f32(),
+                           rows,
+                           h.heads,
+                           h.kv_heads,
+                           h.head_dim,
+                           s.counts.reach ? s.counts.reach : s.kv.ctx},
+                          s.stream, true);
+  else
+    attention_reference_cuda({t.src[0]->f32(),
+                              {t.src[1]->i32(), t.src[2]->i32()},
+                              s.kv.layer(t.head.layer),
+                              t.f32(),
+                              s.counts.of(t.rows),
+                              t.head.heads,
+                              t.head.kv_heads,
+                              t.head.head_dim,
+                              nullptr},
+                             s.stream);
 }
 
 void run_swiglu(Tensor& t, const Step& s) {
