@@ -1,5 +1,6 @@
 #include "models/generate.h"
 
+#include <algorithm>
 #include <chrono>
 
 #include "runtime/stop_strings.h"
@@ -33,40 +34,39 @@ Generated generate(Session& session, const Tokenizer& tokenizer, Sampler& sample
     on_text(token, text);
   };
 
-  auto start = Clock::now();
-  const std::span<const float> logits = session.feed(prompt);
-  g.prompt_tokens = int64_t(prompt.size());
-  g.prompt_seconds = since(start);
-  start = Clock::now();
-  // Whether the text goes on after `token`.
+  // Shows a drawn token, unless it ends the text; false: enough.
   const auto take = [&](int32_t token) {
     const auto end = [&](StopReason reason) {
       g.reason = reason;
       return false;
     };
+    if (stop()) return end(StopReason::kInterrupted);
     if (tokenizer.is_eos(token)) return end(StopReason::kEos);
     g.tokens.push_back(token);
     emit(token, stops.push(utf8.push(decoder.next(token))));
     if (stops.hit()) return end(StopReason::kStop);
     if (int64_t(g.tokens.size()) == options.predict) return end(StopReason::kLength);
-    if (session.length() == session.ctx()) return end(StopReason::kContext);
-    if (stop()) return end(StopReason::kInterrupted);
     return true;
   };
-  if (options.predict == 0 || stop()) {
-    g.reason = options.predict == 0 ? StopReason::kLength : StopReason::kInterrupted;
-  } else {
-    const int32_t first = sampler.sample(logits);
-    sampler.accept(first);
-    if (take(first)) {
-      const Session::Next next{0, first, &sampler};
-      const int64_t left = session.ctx() - session.length();
-      const int64_t steps = options.predict < 0 ? left : std::min(left, options.predict - 1);
+
+  auto start = Clock::now();
+  const std::span<const float> logits = session.feed(prompt);
+  g.prompt_tokens = int64_t(prompt.size());
+  g.prompt_seconds = since(start);
+  if (options.predict == 0) return g;
+  start = Clock::now();
+  const int32_t first = sampler.sample(logits);
+  sampler.accept(first);
+  if (take(first)) {
+    g.reason = StopReason::kContext;  // unless something ends the text before
+    const Session::Next next{0, first, &sampler};
+    int64_t steps = session.ctx() - session.length();
+    if (options.predict > 0) steps = std::min(steps, options.predict - 1);
+    if (steps)
       session.decode({&next, 1}, steps, [&](int64_t, std::span<const int32_t> drawn) {
         ++g.steps;
         return take(drawn[0]);
       });
-    }
   }
   g.eval_seconds = since(start);
   const std::string held = stops.push(utf8.flush()) + stops.flush();

@@ -10,6 +10,7 @@
 #include "runtime/error.h"
 #include "runtime/log.h"
 #include "runtime/progress.h"
+#include "runtime/sampler.h"
 
 namespace q4s {
 namespace {
