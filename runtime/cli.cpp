@@ -78,7 +78,7 @@ struct Cli::Parser {
 
 Cli::Cli(const std::string& tool, const std::string& synopsis, const std::string& about)
     : tool_(tool), parser_(new Parser{cxxopts::Options(tool, about), {}}) {
-  parser_->options.custom_help(synopsis).positional_help("").set_width(110);
+  parser_->options.custom_help(synopsis).positional_help("").set_width(120);
 }
 Cli::~Cli() = default;
 
