@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "runtime/error.h"
+#include "runtime/plan.h"
 
 namespace q4s {
 
@@ -55,6 +56,23 @@ std::vector<Weight*> all_weights(LlamaWeights& w) {
   return all;
 }
 
+// Scratch lies behind the arena.
+size_t aligned_arena(const MemoryPlan& p) { return size_t(round_up(int64_t(p.arena), int64_t(kArenaAlign))); }
+
+// Throws Error(kResource) with the plan where the backend knows that it has less.
+void require_memory(LlamaModel& m, const Backend& b, const MemoryPlan& p) {
+  const std::optional<size_t> free = b.free_bytes();
+  size_t there = 0;  // loaded by an earlier session
+  for (const Weight* w : all_weights(m.weights))
+    if (w->device) there += b.weight_bytes(*w);
+  if (!free || p.total() - there <= *free) return;
+  const auto mib = [](size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; };
+  throw Error(ErrorKind::kResource, "out of memory on " + b.describe() + ": weights " + mib(p.weights - there) +
+                                        ", KV cache " + mib(p.kv) + ", activations " + mib(p.arena) + ", scratch " +
+                                        mib(p.scratch) + ", in all " + mib(p.total() - there) + "; free: " +
+                                        mib(*free) + ". A shorter context, fewer sequences or a smaller chunk need less");
+}
+
 }  // namespace
 
 KvType default_kv(const LlamaModel& m, const Backend& b) {
@@ -79,19 +97,20 @@ Session::Session(LlamaModel& model, Backend& backend, SessionOptions options)
       lengths_(size_t(options_.sequences)) {
   fill_rope(model, options_.ctx);
   memory_ = plan(model, backend, options_);
+  require_memory(model, backend, memory_);
   backend.load(all_weights(model.weights), options_.progress);
   decode_ = std::make_unique<Plan>(model, backend, decode_counts(options_));
   prefill_ = std::make_unique<Plan>(model, backend, prefill_counts(model, options_));
   kv_.base = backend_.allocate(memory_.kv, "the KV cache");
-  arena_ = backend_.allocate(memory_.arena, "activations");
-  scratch_ = backend_.allocate(memory_.scratch, "scratch");
+  arena_ = backend_.allocate(aligned_arena(memory_) + memory_.scratch, "activations");
+  scratch_ = arena_ + aligned_arena(memory_);
   for (Plan* p : {decode_.get(), prefill_.get()}) p->graph.bind(arena_);
   logits_.resize(size_t(std::max(decode_counts(options_).outputs, prefill_counts(model_, options_).outputs)) *
                  size_t(model.config.vocab));
 }
 
 Session::~Session() {
-  for (std::byte* p : {kv_.base, arena_, scratch_})
+  for (std::byte* p : {kv_.base, arena_})
     if (p) backend_.release(p);
 }
 

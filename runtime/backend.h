@@ -3,6 +3,7 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -64,6 +65,8 @@ class Backend {
   // Backend memory, kArenaAlign-aligned, not cleared. Throws Error(kResource) naming `purpose` and the bytes.
   virtual std::byte* allocate(size_t bytes, const std::string& purpose) = 0;
   virtual void release(std::byte*) = 0;
+  // Backend memory that is free now, where that is known.
+  virtual std::optional<size_t> free_bytes() const { return std::nullopt; }
   virtual void write(std::byte* to, const void* from_host, size_t bytes) = 0;
   virtual void read(void* to_host, const std::byte* from, size_t bytes) = 0;
 

@@ -1,6 +1,5 @@
-// The CUDA backend: one table of launchers, one row an operation, on one stream. Steps of few tokens are
-// captured once per (graph, counts, context bucket) and replayed. Kernels live in kernels/; nothing here
-// computes.
+// The CUDA backend: memory, one stream, and how a graph runs on it. Steps of few tokens are captured once per
+// (graph, counts, context bucket) and replayed. What each node launches is in ops_cuda.cpp.
 #include <cuda_runtime_api.h>
 
 #include <bit>
@@ -8,16 +7,11 @@
 #include <cstddef>
 #include <map>
 
-#include "kernels/attention_decode.h"
 #include "kernels/convert.h"
 #include "kernels/cuda_check.h"
-#include "kernels/dense_cuda.h"
-#include "kernels/embed.h"
 #include "kernels/read_sweep.h"
-#include "kernels/rms_norm.h"
-#include "kernels/rotate.h"
-#include "kernels/swiglu.h"
 #include "runtime/error.h"
+#include "runtime/ops_cuda.h"
 #include "runtime/plan.h"
 #include "runtime/weights_cuda.h"
 
@@ -26,177 +20,6 @@ namespace {
 
 constexpr int64_t kReplayTokens = 64;  // steps up to here are replayed
 constexpr int64_t kFirstBucket = 256;  // context buckets: powers of two from here
-
-size_t aligned(int64_t bytes) { return size_t(round_up(bytes, int64_t(kArenaAlign))); }
-
-// Working memory of one node beside its inputs and result.
-struct Scratch {
-  int64_t norm = 0, product = 0;  // f32, of a fused linear that runs as its parts
-  size_t rest = 0;
-  size_t bytes() const { return aligned(norm * 4) + aligned(product * 4) + rest; }
-};
-
-Scratch scratch_of(const Tensor& t, int64_t rows) {
-  Scratch s;
-  if (t.op != Op::kLinear) return s;
-  if (t.gain) s.norm = rows * t.weight->view.k;
-  if (t.epilogue != Epilogue::kNone) s.product = rows * t.weight->view.n;
-  s.rest = DenseCuda::scratch_bytes(device_matrix_of(*t.weight).view, rows);
-  return s;
-}
-
-struct Step {
-  Counts counts;
-  const KvCache& kv;
-  std::byte* scratch;
-  cudaStream_t stream;
-  DenseCuda& dense;
-};
-
-const float* vector_of(const Weight& w) { return reinterpret_cast<const float*>(on_device(w).view.data); }
-
-void run_embed(Tensor& t, const Step& s) {
-  embed_cuda(on_device(*t.weight), t.src[0]->i32(), t.f32(), s.counts.of(t.rows), s.stream);
-}
-
-void run_gather(Tensor& t, const Step& s) {
-  DeviceMatrix rows;
-  rows.view = {.format = Format::kF32,
-               .n = s.counts.tokens,
-               .k = t.cols,
-               .data = reinterpret_cast<const uint8_t*>(t.src[0]->data)};
-  embed_cuda(rows, t.src[1]->i32(), t.f32(), s.counts.of(t.rows), s.stream);
-}
-
-void run_rms_norm(Tensor& t, const Step& s) {
-  rms_norm_cuda({t.src[0]->f32(), vector_of(*t.weight), t.f32(), s.counts.of(t.rows), t.cols, t.eps},
-                s.stream);
-}
-
-void rope_kv(const Tensor& t, const float* qkv, const Weight& table, float* q, const Step& s) {
-  rope_kv_cuda({qkv,
-                vector_of(table),
-                {t.src[1]->i32(), t.src[2]->i32()},
-                s.kv.layer(t.head.layer),
-                q,
-                s.counts.of(t.rows),
-                t.head.heads,
-                t.head.kv_heads,
-                t.head.head_dim},
-               s.stream);
-}
-
-// Whether the kernel for few tokens makes the product with this epilogue.
-bool few(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
-  static constexpr RowMap kMaps[] = {RowMap::kPlain, RowMap::kPairHalves, RowMap::kRope};
-  const int64_t most = w.view.format == Format::kQ8 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
-  return w.tiled() && rows <= most && w.tiles.layout.map == kMaps[int(epilogue)] &&
-         linear_decode_supported(w.tiles.layout);
-}
-
-// x (T, K) -> y by that kernel, its largest number of tokens at a time.
-void linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const Step& s) {
-  const DeviceMatrix& w = on_device(*t.weight);
-  const int64_t cols = epilogue == Epilogue::kNone ? w.view.n : t.cols, rows = s.counts.of(t.rows);
-  for (int64_t i = 0; i < rows; i += kLinearDecodeTokens) {
-    LinearDecodeArgs a;
-    a.x = t.src[0]->f32() + i * w.view.k;
-    a.gain = t.gain ? vector_of(*t.gain) : nullptr;
-    a.eps = t.eps;
-    a.w = w.tiles;
-    a.epilogue = epilogue;
-    a.residual = residual ? residual + i * cols : nullptr;
-    a.y = y + i * cols;
-    a.tokens = std::min(kLinearDecodeTokens, rows - i);
-    if (epilogue == Epilogue::kRopeKv) {
-      a.table = vector_of(*t.weight2);
-      a.at = {t.src[1]->i32() + i, t.src[2]->i32() + i};
-      a.kv = s.kv.layer(t.head.layer);
-      a.heads = t.head.heads;
-      a.kv_heads = t.head.kv_heads;
-    }
-    linear_decode_cuda(a, s.stream, true);
-  }
-}
-
-// A linear of any form: in one kernel where there is one, else as its parts.
-void run_linear(Tensor& t, const Step& s) {
-  const int64_t rows = s.counts.of(t.rows);
-  const DeviceMatrix& w = on_device(*t.weight);
-  const float* residual = t.epilogue != Epilogue::kRopeKv && t.src[1] ? t.src[1]->f32() : nullptr;
-  if (few(w, t.epilogue, rows)) return linear_few(t, t.epilogue, residual, t.f32(), s);
-
-  const Scratch size = scratch_of(t, rows);
-  float* norm = reinterpret_cast<float*>(s.scratch);
-  float* product =
-      t.epilogue == Epilogue::kNone ? t.f32() : reinterpret_cast<float*>(s.scratch + aligned(size.norm * 4));
-  if (few(w, Epilogue::kNone, rows)) {
-    linear_few(t, Epilogue::kNone, residual, product, s);
-  } else {
-    const float* x = t.src[0]->f32();
-    if (t.gain) {
-      rms_norm_cuda({x, vector_of(*t.gain), norm, rows, w.view.k, t.eps}, s.stream);
-      x = norm;
-    }
-    s.dense.linear(x, w, residual, product, rows,
-                   s.scratch + aligned(size.norm * 4) + aligned(size.product * 4));
-  }
-  if (t.epilogue == Epilogue::kSwiglu)
-    swiglu_cuda({product, t.f32(), rows, t.cols}, s.stream);
-  else if (t.epilogue == Epilogue::kRopeKv)
-    rope_kv(t, product, *t.weight2, t.f32(), s);
-}
-
-void run_rope_kv(Tensor& t, const Step& s) { rope_kv(t, t.src[0]->f32(), *t.weight, t.f32(), s); }
-
-void run_attention(Tensor& t, const Step& s) {
-  const HeadShape& h = t.head;
-  const int64_t rows = s.counts.of(t.rows);
-  if (rows <= kLinearDecodeTokens && h.head_dim <= 256)
-    attention_decode_cuda({t.src[0]->f32(),
-                           {t.src[1]->i32(), t.src[2]->i32()},
-                           s.kv.layer(h.layer),
-                           t.f32(),
-                           rows,
-                           h.heads,
-                           h.kv_heads,
-                           h.head_dim,
-                           s.counts.reach ? s.counts.reach : s.kv.ctx},
-                          s.stream, true);
-  else
-    attention_reference_cuda({t.src[0]->f32(),
-                              {t.src[1]->i32(), t.src[2]->i32()},
-                              s.kv.layer(t.head.layer),
-                              t.f32(),
-                              s.counts.of(t.rows),
-                              t.head.heads,
-                              t.head.kv_heads,
-                              t.head.head_dim,
-                              nullptr},
-                             s.stream);
-}
-
-void run_swiglu(Tensor& t, const Step& s) {
-  swiglu_cuda({t.src[0]->f32(), t.f32(), s.counts.of(t.rows), t.cols}, s.stream);
-}
-
-void run_rotate(Tensor& t, const Step& s) {
-  rotate_cuda({t.src[0]->f32(), vector_of(*t.weight), vector_of(*t.weight2), t.f32(), s.counts.of(t.rows),
-               t.cols, t.weight2->view.n, t.inverse},
-              s.stream);
-}
-
-using Run = void (*)(Tensor&, const Step&);
-constexpr Run kTable[] = {[](Tensor&, const Step&) {},
-                          run_embed,
-                          run_gather,
-                          run_rms_norm,
-                          run_linear,
-                          run_rope_kv,
-                          run_attention,
-                          run_swiglu,
-                          run_rotate};
-static_assert(std::size(kTable) == kOpCount, "an operation without a CUDA kernel");
 
 // Errors of the device leave as Error(kRuntime) that says what was being done.
 template <typename Fn>
@@ -208,6 +31,8 @@ auto guarded(const std::string& what, const Fn& fn) {
     throw Error(ErrorKind::kRuntime, "GPU: " + what + ": " + e.what());
   }
 }
+
+size_t aligned(int64_t bytes) { return size_t(round_up(bytes, int64_t(kArenaAlign))); }
 
 constexpr int64_t kAhead = 8;  // decoding steps that the device may be ahead of the host
 
@@ -250,12 +75,22 @@ class CudaBackend final : public Backend {
   ThreadPool& pool() override { return pool_; }
 
   std::byte* allocate(size_t bytes, const std::string& purpose) override {
-    return guarded("allocation", [&] { return static_cast<std::byte*>(cuda_take(bytes, purpose)); });
+    return guarded("allocation", [&] {
+      std::byte* p = static_cast<std::byte*>(cuda_take(bytes, purpose));
+      cuda_check(cudaMemsetAsync(p, 0, bytes, stream_.get()),
+                 "clearing memory");  // counters in scratch start at 0
+      return p;
+    });
   }
   void release(std::byte* p) override {
     steps_.clear();  // captured steps may point into it
     (void)cudaStreamSynchronize(stream_.get());
     (void)cudaFree(p);
+  }
+  std::optional<size_t> free_bytes() const override {
+    size_t free = 0, total = 0;
+    if (cudaMemGetInfo(&free, &total) != cudaSuccess) return std::nullopt;
+    return free;
   }
   void write(std::byte* to, const void* from, size_t bytes) override {
     guarded("write", [&] {
@@ -291,7 +126,7 @@ class CudaBackend final : public Backend {
 
   void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
            const Observer* observer) override {
-    Step step{counts, kv, scratch, stream_.get(), dense_};
+    const CudaStep step = step_of(counts, kv, scratch);
     if (!observer && counts.tokens <= kReplayTokens) {
       guarded("a step of " + std::to_string(counts.tokens) + " tokens", [&] { replay(g, step, nullptr); });
       return;
@@ -350,18 +185,17 @@ class CudaBackend final : public Backend {
     return Stream(s);
   }
 
-  static void launch(Tensor& t, const Step& s) {
-    guarded(std::string(op_name(t.op)) + " " + t.name, [&] { kTable[int(t.op)](t, s); });
+  static void launch(Tensor& t, const CudaStep& s) {
+    guarded(std::string(op_name(t.op)) + " " + t.name, [&] { run_node_cuda(t, s); });
   }
 
-  static size_t node_scratch(const Graph& g) {
-    size_t most = 0;
-    for (const auto& n : g.nodes()) most = std::max(most, scratch_of(*n, g.max().of(n->rows)).bytes());
-    return aligned(int64_t(most));
+  CudaStep step_of(Counts counts, const KvCache& kv, std::byte* scratch) {
+    return {counts, kv, scratch, stream_.get(), dense_, device_.multiProcessorCount, device_.major == 9};
   }
+  size_t node_scratch(const Graph& g) const { return node_scratch_cuda(g, device_.multiProcessorCount); }
 
   // Runs a step from its captured graph; with `draw` tokens are drawn at its end.
-  void replay(const Graph& g, Step step, const SampleArgs* draw) {
+  void replay(const Graph& g, CudaStep step, const SampleArgs* draw) {
     int64_t& reach = step.counts.reach;
     const int64_t bucket =
         std::max(kFirstBucket, int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(reach, 1)))));
@@ -372,9 +206,9 @@ class CudaBackend final : public Backend {
     cuda_check(cudaGraphLaunch(found.get(), stream_.get()), "graph launch");
   }
 
-  Captured capture(const Graph& g, const Step& step, const SampleArgs* draw) {
+  Captured capture(const Graph& g, const CudaStep& step, const SampleArgs* draw) {
     cudaGraph_t graph = nullptr;
-    cuda_check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "capture");
+    cuda_check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeRelaxed), "capture");
     try {
       for (const auto& n : g.nodes()) launch(*n, step);
       if (draw) sample_cuda(*draw, stream_.get());
@@ -439,7 +273,7 @@ class CudaBackend final : public Backend {
                           kAhead,
                           base + memory.scratch,
                           d.params.penalises() || !d.banned.empty()};
-    Step step{{rows, rows, 0}, kv, scratch, stream_.get(), dense_};
+    CudaStep step = step_of({rows, rows}, kv, scratch);
     std::vector<int32_t> tokens(static_cast<size_t>(rows));
     for (int64_t launched = 0, visited = 0; visited < d.steps; ++visited) {
       for (; launched < std::min(d.steps, visited + kAhead); ++launched) {

@@ -1,0 +1,235 @@
+#include "runtime/ops_cuda.h"
+
+#include <cassert>
+
+#include "kernels/attention_decode.h"
+#include "kernels/embed.h"
+#include "kernels/linear_q4_gemm.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rotate.h"
+#include "kernels/swiglu.h"
+#include "runtime/plan.h"
+#include "runtime/weights_cuda.h"
+
+namespace q4s {
+namespace {
+
+size_t aligned(int64_t bytes) { return size_t(round_up(bytes, int64_t(kArenaAlign))); }
+
+// Of split products: at most one part of the largest tile for each multiprocessor, and the counters.
+size_t workspace_bytes(int multiprocessors) {
+  return 4096 + size_t(multiprocessors) * 128 * 256 * sizeof(float);
+}
+
+// Working memory of one node beside its inputs and result. The workspace of split products comes first, the
+// same for every node of every graph: its head holds counters that each product leaves at zero for the next.
+struct Scratch {
+  size_t norm = 0, product = 0, rest = 0, bytes = 0;  // offsets and end: f32 (T, K) and (T, N) of a linear
+                                                      // that runs as its parts, then what those need
+
+  Scratch(const Tensor& t, int64_t rows, size_t workspace)
+      : norm(workspace), product(norm), rest(norm), bytes(norm) {
+    if (t.op != Op::kLinear) return;
+    const DeviceMatrix w = device_matrix_of(*t.weight);
+    product = norm + (t.gain ? aligned(rows * w.view.k * 4) : 0);
+    rest = product + (t.epilogue != Epilogue::kNone ? aligned(rows * w.view.n * 4) : 0);
+    bytes =
+        rest + std::max(DenseCuda::scratch_bytes(w.view, rows), aligned(rows * q4_gemm_pitch(w.view.k) * 2));
+  }
+};
+
+const float* vector_of(const Weight& w) { return reinterpret_cast<const float*>(on_device(w).view.data); }
+
+void run_embed(Tensor& t, const CudaStep& s) {
+  embed_cuda(on_device(*t.weight), t.src[0]->i32(), t.f32(), s.counts.of(t.rows), s.stream);
+}
+
+void run_gather(Tensor& t, const CudaStep& s) {
+  DeviceMatrix rows;
+  rows.view = {.format = Format::kF32,
+               .n = s.counts.tokens,
+               .k = t.cols,
+               .data = reinterpret_cast<const uint8_t*>(t.src[0]->data)};
+  embed_cuda(rows, t.src[1]->i32(), t.f32(), s.counts.of(t.rows), s.stream);
+}
+
+void run_rms_norm(Tensor& t, const CudaStep& s) {
+  rms_norm_cuda({t.src[0]->f32(), vector_of(*t.weight), t.f32(), s.counts.of(t.rows), t.cols, t.eps},
+                s.stream);
+}
+
+void rope_kv(const Tensor& t, const float* qkv, const Weight& table, float* q, const CudaStep& s) {
+  rope_kv_cuda({qkv,
+                vector_of(table),
+                {t.src[1]->i32(), t.src[2]->i32()},
+                s.kv.layer(t.head.layer),
+                q,
+                s.counts.of(t.rows),
+                t.head.heads,
+                t.head.kv_heads,
+                t.head.head_dim},
+               s.stream);
+}
+
+// Whether the rows of w are packed as a kernel with this epilogue needs them.
+bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
+  static constexpr RowMap kMaps[] = {RowMap::kPlain, RowMap::kPairHalves, RowMap::kRope};
+  return w.tiled() && w.tiles.layout.map == kMaps[int(epilogue)];
+}
+
+// A linear with this epilogue in one kernel for few tokens, its largest number at a time; false where it
+// cannot.
+bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
+  const DeviceMatrix& w = on_device(*t.weight);
+  const int64_t cols = epilogue == Epilogue::kNone ? w.view.n : t.cols, rows = s.counts.of(t.rows);
+  const int64_t most = w.view.format == Format::kQ8 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
+  if (rows > most || !packed_for(w, epilogue) || !linear_decode_supported(w.tiles.layout)) return false;
+  for (int64_t i = 0; i < rows; i += kLinearDecodeTokens) {
+    LinearDecodeArgs a;
+    a.x = t.src[0]->f32() + i * w.view.k;
+    a.gain = t.gain ? vector_of(*t.gain) : nullptr;
+    a.eps = t.eps;
+    a.w = w.tiles;
+    a.epilogue = epilogue;
+    a.residual = residual ? residual + i * cols : nullptr;
+    a.y = y + i * cols;
+    a.tokens = std::min(kLinearDecodeTokens, rows - i);
+    if (epilogue == Epilogue::kRopeKv) {
+      a.table = vector_of(*t.weight2);
+      a.at = {t.src[1]->i32() + i, t.src[2]->i32() + i};
+      a.kv = s.kv.layer(t.head.layer);
+      a.heads = t.head.heads;
+      a.kv_heads = t.head.kv_heads;
+    }
+    linear_decode_cuda(a, s.stream, true);
+  }
+  return true;
+}
+
+// The same for many tokens.
+bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
+  const DeviceMatrix& w = on_device(*t.weight);
+  const int64_t rows = s.counts.of(t.rows);
+  if (w.view.format != Format::kQ4 || !packed_for(w, epilogue)) return false;
+  const Q4GemmConfig config = q4_gemm_config({rows, w.tiles.layout, s.multiprocessors, s.hopper});
+  assert(config.workspace_bytes <= workspace_bytes(s.multiprocessors));
+  uint16_t* x =
+      reinterpret_cast<uint16_t*>(s.scratch + Scratch(t, rows, workspace_bytes(s.multiprocessors)).rest);
+  q4_gemm_activations_cuda(
+      {t.src[0]->f32(), t.gain ? vector_of(*t.gain) : nullptr, x, rows, w.view.k, t.eps, true}, s.stream);
+  Q4GemmArgs a{};
+  a.x = x;
+  a.w = w.tiles.layout;
+  a.grid = w.tiles.grid;
+  a.codes = w.tiles.codes;
+  a.scales = w.tiles.scales;
+  a.tokens = rows;
+  a.output = epilogue == Epilogue::kNone     ? Q4GemmOutput::kStore
+             : epilogue == Epilogue::kSwiglu ? Q4GemmOutput::kSwiglu
+                                             : Q4GemmOutput::kRopeKv;
+  a.y = y;
+  a.y_pitch = epilogue == Epilogue::kNone ? w.view.n : t.cols;
+  a.residual = residual;
+  if (epilogue == Epilogue::kRopeKv) {
+    a.table = vector_of(*t.weight2);
+    a.at = {t.src[1]->i32(), t.src[2]->i32()};
+    a.kv = s.kv.layer(t.head.layer);
+    a.heads = t.head.heads;
+    a.kv_heads = t.head.kv_heads;
+  }
+  a.workspace = s.scratch;
+  a.pdl = true;
+  q4_gemm_cuda(a, config, s.stream);
+  return true;
+}
+
+// A linear of any form: in one kernel where there is one, else as its parts.
+void run_linear(Tensor& t, const CudaStep& s) {
+  const int64_t rows = s.counts.of(t.rows);
+  if (rows == 0) return;
+  const float* residual = t.epilogue != Epilogue::kRopeKv && t.src[1] ? t.src[1]->f32() : nullptr;
+  if (linear_few(t, t.epilogue, residual, t.f32(), s) || linear_many(t, t.epilogue, residual, t.f32(), s))
+    return;
+
+  const DeviceMatrix& w = on_device(*t.weight);
+  const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
+  float* norm = reinterpret_cast<float*>(s.scratch + at.norm);
+  float* product = t.epilogue == Epilogue::kNone ? t.f32() : reinterpret_cast<float*>(s.scratch + at.product);
+  if (!linear_few(t, Epilogue::kNone, residual, product, s) &&
+      !linear_many(t, Epilogue::kNone, residual, product, s)) {
+    const float* x = t.src[0]->f32();
+    if (t.gain) {
+      rms_norm_cuda({x, vector_of(*t.gain), norm, rows, w.view.k, t.eps}, s.stream);
+      x = norm;
+    }
+    s.dense.linear(x, w, residual, product, rows, s.scratch + at.rest);
+  }
+  if (t.epilogue == Epilogue::kSwiglu)
+    swiglu_cuda({product, t.f32(), rows, t.cols}, s.stream);
+  else if (t.epilogue == Epilogue::kRopeKv)
+    rope_kv(t, product, *t.weight2, t.f32(), s);
+}
+
+void run_rope_kv(Tensor& t, const CudaStep& s) { rope_kv(t, t.src[0]->f32(), *t.weight, t.f32(), s); }
+
+void run_attention(Tensor& t, const CudaStep& s) {
+  const HeadShape& h = t.head;
+  const int64_t rows = s.counts.of(t.rows);
+  if (rows <= kLinearDecodeTokens && h.head_dim <= 256)
+    attention_decode_cuda({t.src[0]->f32(),
+                           {t.src[1]->i32(), t.src[2]->i32()},
+                           s.kv.layer(h.layer),
+                           t.f32(),
+                           rows,
+                           h.heads,
+                           h.kv_heads,
+                           h.head_dim,
+                           s.counts.reach ? s.counts.reach : s.kv.ctx},
+                          s.stream, true);
+  else
+    attention_reference_cuda({t.src[0]->f32(),
+                              {t.src[1]->i32(), t.src[2]->i32()},
+                              s.kv.layer(t.head.layer),
+                              t.f32(),
+                              s.counts.of(t.rows),
+                              t.head.heads,
+                              t.head.kv_heads,
+                              t.head.head_dim,
+                              nullptr},
+                             s.stream);
+}
+
+void run_swiglu(Tensor& t, const CudaStep& s) {
+  swiglu_cuda({t.src[0]->f32(), t.f32(), s.counts.of(t.rows), t.cols}, s.stream);
+}
+
+void run_rotate(Tensor& t, const CudaStep& s) {
+  rotate_cuda({t.src[0]->f32(), vector_of(*t.weight), vector_of(*t.weight2), t.f32(), s.counts.of(t.rows),
+               t.cols, t.weight2->view.n, t.inverse},
+              s.stream);
+}
+
+using Run = void (*)(Tensor&, const CudaStep&);
+constexpr Run kTable[] = {[](Tensor&, const CudaStep&) {},
+                          run_embed,
+                          run_gather,
+                          run_rms_norm,
+                          run_linear,
+                          run_rope_kv,
+                          run_attention,
+                          run_swiglu,
+                          run_rotate};
+static_assert(std::size(kTable) == kOpCount, "an operation without a CUDA kernel");
+
+}  // namespace
+
+size_t node_scratch_cuda(const Graph& g, int multiprocessors) {
+  const size_t workspace = workspace_bytes(multiprocessors);
+  size_t most = workspace;
+  for (const auto& n : g.nodes()) most = std::max(most, Scratch(*n, g.max().of(n->rows), workspace).bytes);
+  return aligned(int64_t(most));
+}
+
+void run_node_cuda(Tensor& t, const CudaStep& s) { kTable[int(t.op)](t, s); }
+
+}  // namespace q4s
