@@ -1,0 +1,207 @@
+// Thin wrappers of the sm_90a instructions that the GEMM and attention kernels are built from: mbarriers, TMA,
+// warpgroup mma, clusters. No policy here. Everything compiles to nothing below sm_90a.
+#pragma once
+#include <cuda_fp16.h>
+#include <cstdint>
+
+// True where the warpgroup instructions exist: the kernels' bodies are empty elsewhere, and never launched there.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define Q4S_SM90A 1
+#else
+#define Q4S_SM90A 0
+#endif
+
+namespace q4s::hopper {
+
+__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+#if Q4S_SM90A
+
+// ---- mbarriers: a phase completes when all arrivals came and all announced bytes landed ----------------------
+__device__ inline void barrier_init(uint32_t bar, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the async proxy and to the cluster; a barrier among threads must follow.
+__device__ inline void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void barrier_arrive_expect(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ inline void barrier_arrive(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+// The same barrier of another block of the cluster.
+__device__ inline void barrier_arrive_remote(uint32_t bar, uint32_t rank) {
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(bar), "r"(rank)
+      : "memory");
+}
+// A wait that outlasts seconds is a bug: stop the kernel rather than hang the device. The loop is one asm statement:
+// as C++ control flow it keeps ptxas from using the registers of setmaxnreg.
+__device__ inline void barrier_wait(uint32_t bar, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t.reg .b32 tries;\n\t"
+      "mov.b32 tries, 0;\n"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t"
+      "@p bra done;\n\t"
+      "add.u32 tries, tries, 1;\n\t"
+      "setp.lt.u32 p, tries, 0x1000000;\n\t"
+      "@p bra again;\n\t"
+      "trap;\n"
+      "done:\n\t}" ::"r"(bar), "r"(parity)
+      : "memory");
+}
+
+// The same for a flag in global memory that another block sets to 1.
+__device__ inline void flag_wait(const int* flag) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t.reg .b32 tries, value;\n\t"
+      "mov.b32 tries, 0;\n"
+      "again:\n\t"
+      "ld.acquire.gpu.global.b32 value, [%0];\n\t"
+      "setp.ne.b32 p, value, 0;\n\t"
+      "@p bra done;\n\t"
+      "nanosleep.u32 20;\n\t"
+      "add.u32 tries, tries, 1;\n\t"
+      "setp.lt.u32 p, tries, 0x4000000;\n\t"
+      "@p bra again;\n\t"
+      "trap;\n"
+      "done:\n\t}" ::"l"(flag)
+      : "memory");
+}
+__device__ inline void flag_set(int* flag) {
+  asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+// Position in a ring of kStages buffers; the parity flips at each turn.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- TMA: a box of a 2-D tensor map, coordinates innermost first ---------------------------------------------
+__device__ inline void tma_load(uint32_t to, const void* map, int c0, int c1, uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          to),
+      "l"(map), "r"(c0), "r"(c1), "r"(bar)
+      : "memory");
+}
+// To the same place of every block in `mask`, each counting the bytes on its own barrier.
+__device__ inline void tma_load_multicast(uint32_t to, const void* map, int c0, int c1, uint32_t bar,
+                                          uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(bar), "h"(mask)
+      : "memory");
+}
+__device__ inline void tma_prefetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// ---- clusters ------------------------------------------------------------------------------------------------
+__device__ inline uint32_t cluster_rank() {
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// ---- registers and named barriers ------------------------------------------------------------------------------
+template <int kCount>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+__device__ inline void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- warpgroup mma -----------------------------------------------------------------------------------------------
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving reads or writes of an accumulator across this point.
+template <int kCount>
+__device__ inline void wgmma_pin(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Descriptor of a shared-memory operand with rows of 128 bytes under the 128-byte swizzle (atoms of 8 rows, 1024
+// aligned). K-major: a row holds 64 halves of K; a step of 16 in K is +32 bytes of address.
+__device__ inline uint64_t wgmma_k_major(uint32_t address) {
+  constexpr uint32_t kHigh = 1u << 30 | 1024 >> 4;  // 128-byte swizzle; 8 rows further
+  return uint64_t(kHigh) << 32 | (1u << 16 | (address & 0x3ffff) >> 4);
+}
+
+// D (64, N) f32 (+)= A (64, 16) f16 in registers * B (16, N) f16 in shared memory. Per warp: 16 rows; thread
+// (g = lane/4, t = lane%4) holds d[4j..] = (g, 8j+2t), (g, 8j+2t+1), (g+8, 8j+2t), (g+8, 8j+2t+1), and
+// a = (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..). accumulate == 0 ignores the old D.
+#define Q4S_D8(i)                                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define Q4S_D32(i) Q4S_D8(i), Q4S_D8(i + 8), Q4S_D8(i + 16), Q4S_D8(i + 24)
+#define Q4S_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define Q4S_R16 "%8,%9,%10,%11,%12,%13,%14,%15"
+#define Q4S_R32 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define Q4S_R64 \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54," \
+  "%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define Q4S_R96 \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86," \
+  "%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define Q4S_R128 \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
+  "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+// kRegs = N/2 accumulators come first in the operand list, then a0..a3, the descriptor and the predicate.
+#define Q4S_WGMMA_RS(kN, kRegs, kTransB, regs, a0, a1, a2, a3, b, use, ...)                                    \
+  template <>                                                                                                \
+  struct WgmmaRs<kN, kTransB> {                                                                              \
+    static __device__ void mma(float (&d)[kRegs], const uint32_t (&a)[4], uint64_t desc_b, int accumulate) { \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #use ", 0;\n\t"                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" regs "}, {%" #a0 ",%" #a1     \
+                   ",%" #a2 ",%" #a3 "}, %" #b ", p, 1, 1, " #kTransB ";\n\t}"                               \
+                   : __VA_ARGS__                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b), "r"(accumulate));              \
+    }                                                                                                        \
+  };
+
+// kTransB: 0 for a K-major B, 1 for an MN-major one.
+template <int kN, int kTransB>
+struct WgmmaRs;
+Q4S_WGMMA_RS(16, 8, 0, Q4S_R8, 8, 9, 10, 11, 12, 13, Q4S_D8(0))
+Q4S_WGMMA_RS(32, 16, 0, Q4S_R8 "," Q4S_R16, 16, 17, 18, 19, 20, 21, Q4S_D8(0), Q4S_D8(8))
+Q4S_WGMMA_RS(64, 32, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32, 32, 33, 34, 35, 36, 37, Q4S_D32(0))
+Q4S_WGMMA_RS(128, 64, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64, 64, 65, 66, 67, 68, 69, Q4S_D32(0),
+             Q4S_D32(32))
+Q4S_WGMMA_RS(192, 96, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64 "," Q4S_R96, 96, 97, 98, 99, 100, 101,
+             Q4S_D32(0), Q4S_D32(32), Q4S_D32(64))
+Q4S_WGMMA_RS(256, 128, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64 "," Q4S_R96 "," Q4S_R128, 128, 129, 130, 131,
+             132, 133, Q4S_D32(0), Q4S_D32(32), Q4S_D32(64), Q4S_D32(96))
+
+#endif  // Q4S_SM90A
+
+}  // namespace q4s::hopper

@@ -1,0 +1,53 @@
+// Launchers of linear_q4_gemm.h: activations to fp16 (with RMSNorm where asked), and the choice of the kernel.
+#include "kernels/cuda_check.h"
+#include "kernels/linear_q4_gemm_epilogue.cuh"
+#include "kernels/linear_q4_gemm_mma.cuh"
+#include "kernels/linear_q4_gemm_sm90.cuh"
+#include "kernels/pdl.cuh"
+
+namespace q4s {
+namespace {
+
+constexpr int kRowThreads = 256;
+
+// One block a row. The sum of squares is taken in an order that depends on K alone.
+__global__ void __launch_bounds__(kRowThreads) q4_gemm_activations_kernel(Q4GemmActivationsArgs a, int64_t pitch) {
+  pdl_trigger();
+  pdl_wait();
+  const float* x = a.x + int64_t(blockIdx.x) * a.k;
+  __half* y = reinterpret_cast<__half*>(a.y) + int64_t(blockIdx.x) * pitch;
+  float scale = 1.f;
+  if (a.gain) {
+    __shared__ float sums[kRowThreads / 32];
+    float sum = 0;
+    for (int64_t i = threadIdx.x; i < a.k; i += kRowThreads) sum += x[i] * x[i];
+    for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int i = 0; i < kRowThreads / 32; ++i) sum += sums[i];
+    scale = 1.f / sqrtf(sum / float(a.k) + a.eps);
+  }
+  for (int64_t i = 2 * threadIdx.x; i < pitch; i += 2 * kRowThreads) {
+    float v[2] = {};
+    for (int e = 0; e < 2; ++e)
+      if (i + e < a.k) v[e] = a.gain ? a.gain[i + e] * (x[i + e] * scale) : x[i + e];
+    *reinterpret_cast<__half2*>(y + i) = __halves2half2(saturated_half(v[0]), saturated_half(v[1]));
+  }
+}
+
+}  // namespace
+
+void q4_gemm_activations_cuda(const Q4GemmActivationsArgs& a, cudaStream_t stream) {
+  launch("q4_gemm_activations", q4_gemm_activations_kernel, dim3(unsigned(a.tokens)), kRowThreads, 0, 1, a.pdl, stream,
+         a, q4_gemm_pitch(a.k));
+}
+
+void q4_gemm_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  if (c.hopper)
+    q4_gemm_sm90_cuda(a, c, stream);
+  else
+    q4_gemm_mma_cuda(a, c, stream);
+}
+
+}  // namespace q4s

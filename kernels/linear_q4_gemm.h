@@ -1,0 +1,96 @@
+// y = x W^T for many tokens, W in Q4 tiles (q4_tiles.h), x fp16, fp32 accumulation on the tensor cores.
+//
+// The product is computed as y^T = W x^T: the int4 weights become the register operand of the mma, tokens are its
+// columns. Two kernels: sm_90a (warpgroup mma, TMA, clusters) and a plain mma.sync one for sm_80 and up, which
+// also takes the group sizes the first does not.
+// Values: w' = fp16(scale * (q - 8)) (or q - 7.5), so |y - exact| <= sum |w x| (2^-11 + 2^-11 + small) when x was
+// rounded from f32. Sums run in an order fixed by shape and config: the same bits at every run.
+#pragma once
+#include <cstddef>
+#include <string>
+
+#include "kernels/cuda_stream.h"
+#include "kernels/q4_tiles.h"
+#include "kernels/rope_kv.h"
+
+namespace q4s {
+
+struct Q4GemmShape {
+  int64_t tokens;
+  Q4Layout w;
+  int multiprocessors = 132;
+  bool hopper = true;  // sm_90a instructions available
+};
+
+// How a product is cut. A block computes rows x columns of y^T; `cluster` blocks below each other share the
+// activations by multicast. Work is counted in (tile, k_block) units: `whole` tiles go to one cluster each,
+// round robin; the units of the `streamed` ones are dealt evenly over the clusters, their parts summed in order.
+struct Q4GemmConfig {
+  bool hopper = false;
+  int rows = 0, columns = 0, cluster = 1;
+  int k_blocks = 0;                       // of 128 columns of W
+  int row_blocks = 0, column_blocks = 0;  // cluster tiles: row_blocks covers rows * cluster rows each
+  int band = 1;                           // column blocks that run beside each other, for L2
+  int clusters = 0;                       // launched
+  int streamed = 0, whole = 0;            // tiles; the streamed ones come first
+  int splits = 1;                         // mma.sync kernel: parts of K
+  size_t workspace_bytes = 0;
+  std::string print() const;
+};
+
+// Candidate tiles of the sm_90a kernel (rows, columns, cluster), and what the choice below picks from.
+struct Q4GemmTile {
+  int rows, columns, cluster;
+};
+constexpr Q4GemmTile kQ4GemmTiles[] = {{128, 16, 1},  {128, 32, 1},  {128, 64, 1},  {128, 64, 2},  {256, 64, 1},
+                                       {128, 128, 1}, {128, 128, 2}, {256, 128, 1}, {128, 256, 1}, {128, 256, 2}};
+
+// The work split of one tile; `stream` deals the tiles beyond full waves in parts.
+Q4GemmConfig q4_gemm_config(const Q4GemmShape&, Q4GemmTile, bool stream);
+// The mma.sync kernel.
+Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape&);
+// The best of them by an estimate of the time. Pure.
+Q4GemmConfig q4_gemm_config(const Q4GemmShape&);
+
+// Rows of every matrix that q4_gemm reads: k rounded up to whole tiles.
+constexpr int64_t q4_gemm_pitch(int64_t k) { return round_up(k, kQ4TileCols); }
+
+struct Q4GemmActivationsArgs {
+  const float* x;     // (T, K)
+  const float* gain;  // (K) or null: x is normalised by its root mean square first
+  uint16_t* y;        // (T, pitch(K)) fp16, zero beyond K; clamped to the finite range
+  int64_t tokens, k;
+  float eps;
+  bool pdl = false;
+};
+void q4_gemm_activations_cuda(const Q4GemmActivationsArgs&, cudaStream_t);
+
+enum class Q4GemmOutput : uint8_t {
+  kStore,   // y (T, N) (+ residual)                                                   rows kPlain
+  kSwiglu,  // y (T, N/2) = silu(gate) * up                                            rows kPairHalves
+  kRopeKv,  // y (T, H*head_dim) = rotated q; k rotated and v appended to the cache     rows kRope
+};
+
+struct Q4GemmArgs {
+  const uint16_t* x;       // (T, pitch(K)) fp16, 16-aligned
+  Q4Layout w;
+  Grid grid;
+  const uint8_t* codes;    // Q4 tiles, 16-aligned
+  const uint16_t* scales;  // 16-aligned
+  int64_t tokens;
+  Q4GemmOutput output;
+  void* y;
+  bool y_half;             // fp16 instead of f32
+  int64_t y_pitch;         // elements from row to row of y
+  const float* residual;   // kStore: (T, N) or null; may be y
+  const float* table;      // kRopeKv, as in rope_kv.h
+  Placement at;
+  KvLayer kv;
+  int64_t heads, kv_heads;
+  std::byte* workspace;    // config.workspace_bytes, 256-aligned; zeroed when allocated, and left so that it
+                           // serves any later product without clearing
+  bool pdl = false;        // launched as a programmatic dependent of the kernel before it
+};
+void q4_gemm_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
+
+}  // namespace q4s
