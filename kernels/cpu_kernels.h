@@ -19,7 +19,8 @@ constexpr int64_t kMostFactor = 64;
 struct CpuKernels {
   // Row i of w as f32.
   void (*decode_row)(const WeightView& w, int64_t i, float* out);
-  // Rows of y for a few tokens, straight from the stored type: F32, F16, BF16.
+  // Rows of y for a few tokens, straight from the stored type; a.scratch: one row in f32, used by all formats but
+  // F32, F16 and BF16.
   void (*dot_rows)(const LinearArgs&, int64_t begin, int64_t end);
 
   // kQ4, kQ8 on int8 activations; layouts in simd_int8.h. quantize and gemv serve a few tokens, one by one;

@@ -1,5 +1,5 @@
-// The definition of linear.h, and its fast path: panels of kPanel rows unpacked to f32, each a dense product.
-// Threads take whole panels, so that no sum depends on their number.
+// The definition of linear.h, and the choice among its fast paths (cpu_kernels.h, OpenBLAS). Threads take
+// whole rows, or whole panels of them, so that no sum depends on their number.
 #include "kernels/linear.h"
 
 #include <cstring>
@@ -16,46 +16,43 @@ namespace {
 
 constexpr int64_t kPanel = 64;  // rows
 
-// y (T, n) of row stride ld: y (+)= x (T, K) * w (n, K)^T.
-void dense(const float* x, const float* w, float* y, int64_t tokens, int64_t n, int64_t k, int64_t ld,
-           bool add) {
-#if Q4S_BLAS
-  // Our pool brings the threads; OpenBLAS (pthread build: safe to call from many) must not bring its own.
-  static const bool single = (openblas_set_num_threads(1), true);
-  (void)single;
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(tokens), int(n), int(k), 1.f, x, int(k), w, int(k),
-              add ? 1.f : 0.f, y, int(ld));
-#else
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < n; ++i) {
-      constexpr int kLanes = 16;  // independent sums, which the compiler turns into vectors
-      float lane[kLanes] = {};
-      const float *a = x + t * k, *b = w + i * k;
-      int64_t j = 0;
-      for (; j + kLanes <= k; j += kLanes)
-        for (int l = 0; l < kLanes; ++l) lane[l] += a[j + l] * b[j + l];
-      float sum = 0;
-      for (; j < k; ++j) sum += a[j] * b[j];
-      for (float v : lane) sum += v;
-      y[t * ld + i] = add ? y[t * ld + i] + sum : sum;
-    }
-#endif
-}
-
-int64_t panel_bytes(const WeightView& w) { return round_up(kPanel * w.k * 4, 64); }
+int64_t row_scratch(const WeightView& w) { return round_up(w.k * 4, 64); }
+int64_t panel_scratch(const WeightView& w) { return round_up(kPanel * w.k * 4, 64); }
 
 enum class Path { kDot, kVector, kMatrix, kPanel };
 
 // By shape only, never by the number of threads.
 Path path_of(const WeightView& w, int64_t tokens) {
-  constexpr int64_t kFewDots = 4, kFewVectors = 4;
-  if (w.format == Format::kF32 || w.format == Format::kF16 || w.format == Format::kBF16)
-    return tokens <= kFewDots ? Path::kDot : Path::kPanel;
+  constexpr int64_t kFew = 4;
   const bool ours = w.format == Format::kQ4 || w.format == Format::kQ8;
   const bool groups = w.group == 32 || w.group == 64 || w.group % 128 == 0 || w.group >= w.k;
-  if (!ours || !groups) return Path::kPanel;
-  return tokens <= kFewVectors ? Path::kVector : Path::kMatrix;
+  if (ours && groups) return tokens <= kFew ? Path::kVector : Path::kMatrix;
+#if Q4S_BLAS
+  if (tokens > kFew) return Path::kPanel;
+#endif
+  return Path::kDot;
 }
+
+#if Q4S_BLAS
+// Rows [begin, end) by panels.
+void panels(const LinearArgs& a, int64_t begin, int64_t end, float* panel) {
+  // Our pool brings the threads; OpenBLAS (pthread build: safe to call from many) must not bring its own.
+  static const bool single = (openblas_set_num_threads(1), true);
+  (void)single;
+  const int64_t n = a.w.n, k = a.w.k;
+  for (int64_t i = begin; i < end; i += kPanel) {
+    const int64_t rows = std::min(kPanel, end - i);
+    dequantize_rows(a.w, i, i + rows, panel);
+    if (a.residual && a.residual != a.y)
+      for (int64_t t = 0; t < a.tokens; ++t)
+        std::memcpy(a.y + t * n + i, a.residual + t * n + i, size_t(rows) * 4);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(a.tokens), int(rows), int(k), 1.f, a.x, int(k),
+                panel, int(k), a.residual ? 1.f : 0.f, a.y + i, int(n));
+  }
+}
+#else
+void panels(const LinearArgs&, int64_t, int64_t, float*) {}  // path_of never asks for it
+#endif
 
 }  // namespace
 
@@ -77,14 +74,14 @@ size_t linear_scratch_bytes(const WeightView& w, int64_t tokens, int threads) {
   const CpuKernels& kernels = cpu_kernels();
   switch (path_of(w, tokens)) {
     case Path::kDot:
-      return 0;
+      return size_t(row_scratch(w)) * size_t(threads);
     case Path::kVector:
       return size_t(kernels.token_bytes(w.k) * tokens);
     case Path::kMatrix:
       return size_t(kernels.tile_bytes(w.k) * ceil_div(tokens, kernels.tile) +
                     kernels.panel_bytes(w) * threads);
     case Path::kPanel:
-      return size_t(panel_bytes(w)) * size_t(threads);
+      return size_t(panel_scratch(w)) * size_t(threads);
   }
   return 0;
 }
@@ -108,7 +105,9 @@ void linear(const LinearArgs& a, Part part) {
   switch (path_of(a.w, a.tokens)) {
     case Path::kDot: {
       const auto [begin, end] = part.of(n, 16);
-      return kernels.dot_rows(a, begin, end);
+      LinearArgs own = a;
+      own.scratch += row_scratch(a.w) * part.index;
+      return kernels.dot_rows(own, begin, end);
     }
     case Path::kVector: {
       const auto [begin, end] = part.of(n, 16);
@@ -119,18 +118,10 @@ void linear(const LinearArgs& a, Part part) {
       std::byte* panel = a.scratch + kernels.tile_bytes(a.w.k) * ceil_div(a.tokens, kernels.tile);
       return kernels.gemm(a, begin, end, panel + kernels.panel_bytes(a.w) * part.index);
     }
-    case Path::kPanel:
-      break;
-  }
-  const auto [begin, end] = part.of(n, kPanel);
-  float* panel = reinterpret_cast<float*>(a.scratch + panel_bytes(a.w) * part.index);
-  for (int64_t i = begin; i < end; i += kPanel) {
-    const int64_t rows = std::min(kPanel, end - i);
-    dequantize_rows(a.w, i, i + rows, panel);
-    if (a.residual && a.residual != a.y)
-      for (int64_t t = 0; t < a.tokens; ++t)
-        std::memcpy(a.y + t * n + i, a.residual + t * n + i, size_t(rows) * 4);
-    dense(a.x, panel, a.y + i, a.tokens, rows, a.w.k, n, a.residual != nullptr);
+    case Path::kPanel: {
+      const auto [begin, end] = part.of(n, kPanel);
+      return panels(a, begin, end, reinterpret_cast<float*>(a.scratch + panel_scratch(a.w) * part.index));
+    }
   }
 }
 

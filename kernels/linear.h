@@ -1,8 +1,8 @@
 // y = x * W^T (+ residual). W in any Format.
 //
 // Reference: f32 activations, double accumulator. Fast CPU paths, by format and number of tokens only:
-//   F32, F16, BF16, up to 4 tokens  dot products from the stored type
-//   unquantised else                panels of rows unpacked to f32, then a dense product
+//   unquantised, up to 4 tokens     dot products, each row read once
+//   unquantised, more               panels of rows unpacked to f32, then a dense product (without OpenBLAS: as above)
 //   kQ4, kQ8                        activations rounded to int8 per block of 32 columns (linear_quantize), exact
 //                                   integer dot products, the grid's offset folded in through activation sums.
 //                                   Groups of 32, 64, a multiple of 128 or the whole row; others as unquantised

@@ -96,6 +96,34 @@ inline F fma(F a, F b, F c) {
 }
 inline F to_float(I v) { return __builtin_convertvector(v, F); }
 
+// kW bytes and back. What GCC 12 makes of one long conversion is a loop over lanes.
+typedef uint8_t UnsignedBytes __attribute__((vector_size(kW)));
+typedef int8_t SignedBytes __attribute__((vector_size(kW)));
+inline F to_float(UnsignedBytes c) {
+#if defined(__AVX512F__)
+  return to_float(I(_mm512_cvtepu8_epi32(__m128i(c))));
+#elif defined(__AVX2__)
+  return to_float(I(_mm256_cvtepu8_epi32(_mm_loadu_si64(&c))));
+#else
+  typedef uint16_t Wider __attribute__((vector_size(2 * kW)));
+  return to_float(__builtin_convertvector(__builtin_convertvector(c, Wider), I));
+#endif
+}
+inline F to_float(SignedBytes c) {
+#if defined(__AVX512F__)
+  return to_float(I(_mm512_cvtepi8_epi32(__m128i(c))));
+#elif defined(__AVX2__)
+  return to_float(I(_mm256_cvtepi8_epi32(_mm_loadu_si64(&c))));
+#else
+  typedef int16_t Wider __attribute__((vector_size(2 * kW)));
+  return to_float(__builtin_convertvector(__builtin_convertvector(c, Wider), I));
+#endif
+}
+inline SignedBytes narrow(I v) {
+  typedef int16_t Wider __attribute__((vector_size(2 * kW)));
+  return __builtin_convertvector(__builtin_convertvector(v, Wider), SignedBytes);
+}
+
 inline F max(F a, F b) {
 #if defined(__AVX512F__)
   return F(_mm512_max_ps(__m512(a), __m512(b)));
@@ -207,7 +235,7 @@ inline F exp(F x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p, r, splat(1.f));
   p = fma(p, r, splat(1.f));
-  const F y = p * F((I(shifted) << 23) + 0x3f800000);  // times 2^n; a NaN stays one
+  const F y = p * F((U(shifted) << 23) + 0x3f800000);  // times 2^n; a NaN stays one
   return x < -87.3f ? F{} : y;
 }
 

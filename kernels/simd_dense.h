@@ -33,32 +33,47 @@ void decode_floats(const uint8_t* row, int64_t k, float* y) {
   if (i < k) storef_n(y + i, load_as<f>(row, i, k - i), k - i);
 }
 
+// kW nibbles in column order from kW / 2 bytes, even columns low.
+inline UnsignedBytes split_nibbles(const uint8_t* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(kW / 2)));
+  typedef uint16_t Pairs __attribute__((vector_size(kW)));
+  const Pairs v = __builtin_convertvector(load<Bytes>(p), Pairs);
+  return UnsignedBytes((v & 15) | (v & 0xf0) << 4);
+}
+
 // y = scale * (code - offset) over columns [begin, end) of a kQ4 row.
 inline void decode_q4_group(const uint8_t* row, int64_t begin, int64_t end, float scale, float offset,
                             float* y) {
-  for (int64_t i = begin; i < end; ++i) y[i] = scale * (float(row[i / 2] >> (i % 2 * 4) & 15) - offset);
+  int64_t i = begin;
+  if (begin % 2 == 0)
+    for (; i + kW <= end; i += kW) store(y + i, scale * (to_float(split_nibbles(row + i / 2)) - offset));
+  for (; i < end; ++i) y[i] = scale * (float(row[i / 2] >> (i % 2 * 4) & 15) - offset);
 }
 inline void decode_q8_group(const uint8_t* row, int64_t begin, int64_t end, float scale, float* y) {
-  for (int64_t i = begin; i < end; ++i) y[i] = scale * float(int8_t(row[i]));
+  int64_t i = begin;
+  for (; i + kW <= end; i += kW) store(y + i, scale * to_float(load<SignedBytes>(row + i)));
+  for (; i < end; ++i) y[i] = scale * float(int8_t(row[i]));
 }
 
 // Blocks of 32: a header of one or two halves, then the codes. Byte i of a nibble block holds columns i, i
 // + 16.
 template <Format f>
 void decode_gguf(const uint8_t* p, int64_t k, float* y) {
+  constexpr int kHead = f == Format::kGgufQ4_1 ? 4 : 2;
   for (int64_t b = 0; b < k / 32; ++b, y += 32) {
-    uint16_t head[2];
-    std::memcpy(head, p, 4);
+    uint16_t head[2] = {};
+    std::memcpy(head, p, kHead);
+    p += kHead;
     const float d = half_value(head[0]);
     if constexpr (f == Format::kGgufQ8_0) {
-      for (int i = 0; i < 32; ++i) y[i] = d * float(int8_t(p[2 + i]));
-      p += 34;
+      for (int i = 0; i < 32; i += kW) store(y + i, d * to_float(load<SignedBytes>(p + i)));
+      p += 32;
     } else {
       const float m = f == Format::kGgufQ4_1 ? half_value(head[1]) : d * -8;
-      p += f == Format::kGgufQ4_1 ? 4 : 2;
-      for (int i = 0; i < 16; ++i) {
-        y[i] = d * float(p[i] & 15) + m;
-        y[i + 16] = d * float(p[i] >> 4) + m;
+      for (int i = 0; i < 16; i += kW) {
+        const UnsignedBytes c = load<UnsignedBytes>(p + i);
+        store(y + i, d * to_float(c & 15) + m);
+        store(y + 16 + i, d * to_float(c >> 4) + m);
       }
       p += 16;
     }
@@ -104,56 +119,60 @@ void decode_row(const WeightView& w, int64_t n, float* y) {
   }
 }
 
-// T tokens against rows [begin, end): 4 sums a token, so that the additions do not wait for each other.
+// Tokens [t0, t0 + T) against one row r: several sums a token, so that the additions do not wait for each
+// other.
 template <Format f, int T>
-void dot_rows_of(const LinearArgs& a, int64_t t0, int64_t begin, int64_t end) {
-  constexpr int kBytes = f == Format::kF32 ? 4 : 2, kSums = T <= 2 ? 4 : 2;
-  const int64_t k = a.w.k, n = a.w.n;
+void dot_row(const LinearArgs& a, const uint8_t* row, int64_t t0, int64_t r) {
+  constexpr int kSums = T <= 2 ? 4 : 2;
+  const int64_t k = a.w.k;
   const float* x = a.x + t0 * k;
-  for (int64_t r = begin; r < end; ++r) {
-    const uint8_t* row = row_at(a.w, r, kBytes * k);
-    F acc[T][kSums] = {};
-    int64_t i = 0;
-    for (; i + kSums * kW <= k; i += kSums * kW)
-      for (int s = 0; s < kSums; ++s) {
-        const F w = load_as<f>(row, i + s * kW);
-        for (int t = 0; t < T; ++t) acc[t][s] = fma(w, loadf(x + t * k + i + s * kW), acc[t][s]);
-      }
-    for (; i < k; i += kW) {
-      const int64_t m = min64(kW, k - i);
-      const F w = load_as<f>(row, i, m);
-      for (int t = 0; t < T; ++t) acc[t][0] = fma(w, loadf_n(x + t * k + i, m), acc[t][0]);
+  F acc[T][kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kW <= k; i += kSums * kW)
+    for (int s = 0; s < kSums; ++s) {
+      const F w = load_as<f>(row, i + s * kW);
+      for (int t = 0; t < T; ++t) acc[t][s] = fma(w, loadf(x + t * k + i + s * kW), acc[t][s]);
     }
-    for (int t = 0; t < T; ++t) {
-      F total = acc[t][0];
-      for (int s = 1; s < kSums; ++s) total += acc[t][s];
-      const int64_t at = (t0 + t) * n + r;
-      a.y[at] = (a.residual ? a.residual[at] : 0.f) + sum(total);
-    }
+  for (; i < k; i += kW) {
+    const int64_t m = min64(kW, k - i);
+    const F w = load_as<f>(row, i, m);
+    for (int t = 0; t < T; ++t) acc[t][0] = fma(w, loadf_n(x + t * k + i, m), acc[t][0]);
+  }
+  for (int t = 0; t < T; ++t) {
+    F total = acc[t][0];
+    for (int s = 1; s < kSums; ++s) total += acc[t][s];
+    const int64_t at = (t0 + t) * a.w.n + r;
+    a.y[at] = (a.residual ? a.residual[at] : 0.f) + sum(total);
   }
 }
 template <Format f>
-void dot_rows_as(const LinearArgs& a, int64_t begin, int64_t end) {
+void dot_tokens(const LinearArgs& a, const uint8_t* row, int64_t r) {
   int64_t t = 0;
-  for (; t + 4 <= a.tokens; t += 4) dot_rows_of<f, 4>(a, t, begin, end);
+  for (; t + 4 <= a.tokens; t += 4) dot_row<f, 4>(a, row, t, r);
   switch (a.tokens - t) {
     case 1:
-      return dot_rows_of<f, 1>(a, t, begin, end);
+      return dot_row<f, 1>(a, row, t, r);
     case 2:
-      return dot_rows_of<f, 2>(a, t, begin, end);
+      return dot_row<f, 2>(a, row, t, r);
     case 3:
-      return dot_rows_of<f, 3>(a, t, begin, end);
+      return dot_row<f, 3>(a, row, t, r);
   }
 }
 void dot_rows(const LinearArgs& a, int64_t begin, int64_t end) {
-  switch (a.w.format) {
-    case Format::kF32:
-      return dot_rows_as<Format::kF32>(a, begin, end);
-    case Format::kF16:
-      return dot_rows_as<Format::kF16>(a, begin, end);
-    default:
-      return dot_rows_as<Format::kBF16>(a, begin, end);
-  }
+  for (int64_t r = begin; r < end; ++r) switch (a.w.format) {
+      case Format::kF32:
+        dot_tokens<Format::kF32>(a, row_at(a.w, r, 4 * a.w.k), r);
+        break;
+      case Format::kF16:
+        dot_tokens<Format::kF16>(a, row_at(a.w, r, 2 * a.w.k), r);
+        break;
+      case Format::kBF16:
+        dot_tokens<Format::kBF16>(a, row_at(a.w, r, 2 * a.w.k), r);
+        break;
+      default:  // unpacked to f32 first, where the row stays in the nearest cache
+        decode_row(a.w, r, reinterpret_cast<float*>(a.scratch));
+        dot_tokens<Format::kF32>(a, reinterpret_cast<const uint8_t*>(a.scratch), r);
+    }
 }
 
 }  // namespace

@@ -177,7 +177,6 @@ struct Span {
 inline void quantize_span(const float* x, int64_t n, Span& span) {
   constexpr int kVectors = kBlock / kW;
   constexpr float kMagic = 12582912;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  typedef int8_t Narrow __attribute__((vector_size(kW)));
   for (int b = 0; b < kSpan / kBlock; ++b) {
     F v[kVectors];
     U top{};  // of |x| as integers, which order like floats and put NaN on top
@@ -191,8 +190,8 @@ inline void quantize_span(const float* x, int64_t n, Span& span) {
     const float inverse = zero ? 0.f : 127 / amax;
     span.scale[b] = zero ? 0.f : amax / 127;
     for (int i = 0; i < kVectors; ++i) {
-      const I q = I(v[i] * inverse + kMagic) - I(splat(kMagic));
-      store(span.q + b * kBlock + i * kW, __builtin_convertvector(q, Narrow));
+      const I q = I(U(v[i] * inverse + kMagic) - U(splat(kMagic)));
+      store(span.q + b * kBlock + i * kW, narrow(q));
     }
   }
   for (int i = 0; i < kSpan; i += kBytes) store(span.sum + i / 4, sums_of_4(load<B>(span.q + i)));

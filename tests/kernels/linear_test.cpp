@@ -182,6 +182,21 @@ TEST_CASE("linear: kQ4 and kQ8 on int8 activations") {
   });
 }
 
+TEST_CASE("linear: groups that int8 activations do not serve are unpacked") {
+  on_every_level([] {
+    for (int64_t tokens : {1, 6}) {
+      Weights w(Format::kQ4, 9, 100, 48, Grid::kHalf, 4);
+      Guarded<float> x(tokens * 100), want(tokens * 9), y(tokens * 9);
+      fill_normal(x.span(), 1);
+      LinearArgs a{x.data(), w.view, nullptr, want.data(), tokens, nullptr};
+      linear_cpu(a);
+      a.y = y.data();
+      run(a, 2);
+      for (int64_t i = 0; i < y.size(); ++i) REQUIRE(std::abs(y[i] - want[i]) <= 1e-5f);
+    }
+  });
+}
+
 TEST_CASE("linear: extreme codes do not overflow the integer sums") {
   on_every_level([] {
     for (int64_t tokens : {1, 16})
