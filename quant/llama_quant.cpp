@@ -6,6 +6,8 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "quant/allocate.h"
+#include "quant/compare.h"
 #include "quant/quantize.h"
 #include "runtime/atomic_file.h"
 #include "runtime/checksum.h"
@@ -29,12 +31,9 @@ void stop_if_requested() {
   if (stop_requested()) throw Stopped{};
 }
 
-Format4 parse_format(const std::string& option, const std::string& text) {
-  static const std::map<std::string, Format4> known = {{"g32", {GridKind::kSigned, 32}},
-                                                       {"g64", {GridKind::kSigned, 64}},
-                                                       {"g128", {GridKind::kSigned, 128}},
-                                                       {"row", {GridKind::kSigned, 0}},
-                                                       {"q8", {GridKind::kInt8, 64}}};
+Format4 parse_format(const std::string& option, const std::string& text, GridKind grid) {
+  const std::map<std::string, Format4> known = {{"g32", {grid, 32}}, {"g64", {grid, 64}}, {"g128", {grid, 128}},
+                                                {"row", {grid, 0}},  {"q8", {GridKind::kInt8, 64}}};
   const auto found = known.find(text);
   if (found == known.end())
     throw Error(ErrorKind::kUsage, "--" + option + ": \"" + text + "\": expected g32, g64, g128, row or q8");
@@ -47,6 +46,11 @@ std::regex parse_regex(const std::string& option, const std::string& text) {
   } catch (const std::regex_error& e) {
     throw Error(ErrorKind::kUsage, "--" + option + ": \"" + text + "\" is no regular expression: " + e.what());
   }
+}
+
+// Matches one tensor name and no other.
+std::regex exact_pattern(const std::string& name) {
+  return std::regex("^" + std::regex_replace(name, std::regex("\\."), "\\.") + "$");
 }
 
 // The parts of the stack that --off can leave out.
@@ -86,7 +90,7 @@ QuantizeOptions parse_options(const Cli& cli) {
   for (const std::string& t : cli.get_list("tensor")) {
     const size_t at = t.rfind('=');
     if (at == std::string::npos) throw Error(ErrorKind::kUsage, "--tensor: \"" + t + "\": expected REGEX=FORMAT");
-    o.special.emplace_back(parse_regex("tensor", t.substr(0, at)), parse_format("tensor", t.substr(at + 1)));
+    o.special.emplace_back(parse_regex("tensor", t.substr(0, at)), parse_format("tensor", t.substr(at + 1), o.solve.grid));
   }
   return o;
 }
@@ -97,7 +101,8 @@ Json options_json(const Cli& cli, const QuantizeOptions& o) {
             {"damp", o.damp},          {"act_order", o.act_order}, {"search", o.solve.search},
             {"refine", o.solve.refine}, {"alpha", o.solve.alpha},   {"beta", o.solve.beta},
             {"rotation", o.rotate},    {"head", cli.get("head")},  {"seed", o.seed},
-            {"only", cli.get("only")}, {"tensor", cli.get_list("tensor")}};
+            {"only", cli.get("only")}, {"tensor", cli.get_list("tensor")},
+            {"observe", cli.get_integer("observe")}, {"bpw", cli.get_real("bpw")}};
   return j;
 }
 
@@ -139,18 +144,13 @@ Json losses_json(const std::vector<BlockReport>& blocks) {
   return j;
 }
 
-int64_t unit_bytes(int64_t n, int64_t k, const Format4& f) {
-  const int64_t group = f.group == 0 ? k : std::min(f.group, k);
-  return n * ((grid_bits(f.grid) * k + 7) / 8 + 2 * ceil_div(k, group));
-}
-
 // Bits per weight of the blocks' linears, scales included.
 double planned_bits(const LlamaConfig& c, const QuantizeOptions& o) {
   double bytes = 0;
   for (int64_t l = 0; l < c.layers; ++l) {
     for (Unit u : kUnits) {
       const std::string name = unit_name(l, u);
-      bytes += o.covers(name) ? double(unit_bytes(unit_rows(c, u), unit_columns(c, u), o.format_of(name)))
+      bytes += o.covers(name) ? double(format_bytes(unit_rows(c, u), unit_columns(c, u), o.format_of(name)))
                               : 2.0 * double(unit_rows(c, u) * unit_columns(c, u));
     }
   }
@@ -183,6 +183,90 @@ void add(Q4sWriter& w, const std::string& name, int64_t n, int64_t k, const std:
   add(w, name, {.format = Format::kF32, .n = n, .k = k, .data = reinterpret_cast<const uint8_t*>(values.data())});
 }
 
+// --observe and --bpw: a pass over the model that tries finer formats, and the choice, by tensor name.
+Json choose_formats(const Cli& cli, LlamaModel& model, Backend& backend, const QuantizedFrame& frame,
+                    const Calibration& calibration, const QuantizeOptions& options) {
+  const int64_t units = 4 * model.config.layers;
+  std::vector<UnitChoices> choices;
+  {
+    Progress bar("trying finer formats", units, "linears");
+    choices = try_formats(model, backend, frame, calibration, options, [&](int64_t done, int64_t) {
+      stop_if_requested();
+      bar.update(done);
+    });
+  }
+  if (cli.given("observe")) {
+    choose_worst(choices, cli.get_integer("observe"));
+  } else {
+    Progress bar("measuring effects", units, "linears");
+    measure_effects(model, backend, calibration, choices, [&](int64_t done, int64_t) {
+      stop_if_requested();
+      bar.update(done);
+    });
+    choose_by_budget(choices, model.config, cli.get_real("bpw"));
+  }
+  Json formats = Json::object();
+  for (const UnitChoices& c : choices) {
+    if (c.chosen == 0) continue;
+    const Format4& f = c.candidates[c.chosen].format;
+    formats[unit_name(c.block, c.unit)] = f.grid == GridKind::kInt8 ? "q8" : "g" + std::to_string(f.group);
+  }
+  return formats;
+}
+
+// --compare-grids: the table on stdout, everything behind it into --report.
+int compare(const Cli& cli) {
+  QuantizeOptions options = parse_options(cli);
+  if (options.solve.grid == GridKind::kAsym || options.solve.rtn)
+    throw Error(ErrorKind::kUsage, "--compare-grids compares the default grid with the seed's: no --grid asym, no --rtn");
+  if (!cli.given("head")) options.head = Format::kF16;  // what is compared are the blocks
+  if (!cli.given("eval")) throw Error(ErrorKind::kUsage, "--compare-grids needs --eval TEXT to measure the output on");
+  if (cli.given("report")) check_output(cli.get("report"), true, {});
+  LlamaModel model = open_llama(cli.get("MODEL"));
+  if (model.kind == "q4s") throw Error(ErrorKind::kInput, model.path + ": is quantised already; give the model it came from");
+  const MappedFile file(cli.get("eval"));
+  PplOptions how;
+  how.protocol = PplProtocol::kLlamaCpp;
+  how.ctx = std::min<int64_t>(512, model.config.context);
+  how.chunks = cli.get_integer("chunks");
+  const PplText text = cut_text({reinterpret_cast<const char*>(file.data()), file.size()}, *model.tokenizer,
+                                model.config.context, how);
+  const int64_t samples = cli.get_integer("samples"), seq_len = std::min(cli.get_integer("seq-len"), model.config.context);
+  Calibration calibration;
+  if (cli.given("calib")) calibration = calibration_from_text(*model.tokenizer, cli.get("calib"), samples, seq_len, options.seed);
+  std::string note;
+  const std::unique_ptr<Backend> backend = make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
+  if (!note.empty()) log_info("%s", note.c_str());
+  std::unique_ptr<Progress> bar;
+  std::string showing;
+  const auto progress = [&](const std::string& what, int64_t done, int64_t total) {
+    stop_if_requested();
+    if (what != showing) {
+      bar.reset();
+      bar = std::make_unique<Progress>(showing = what, total, "steps");
+    }
+    bar->update(done);
+  };
+  if (!cli.given("calib"))
+    calibration = calibration_self_written(model, *backend, samples, seq_len, options.seed,
+                                           [&](int64_t d, int64_t t) { progress("writing calibration text", d, t); });
+  std::vector<VersionResult> all;
+  out(table_head());
+  compare_grids(model, *backend, calibration, text, options, cli.given("observe") ? cli.get_integer("observe") : 40,
+                [&](const VersionResult& v) {
+                  out(table_row(v));
+                  out_flush();
+                  all.push_back(v);
+                },
+                progress);
+  if (cli.given("report")) {
+    AtomicFile f(cli.get("report"), true, {});
+    f.write(to_json(all));
+    f.commit();
+  }
+  return 0;
+}
+
 int inspect(const Cli& cli) {
   const Q4sFile file = Q4sFile::open(cli.get("MODEL"));
   if (cli.on("show")) out(file.show());
@@ -202,7 +286,7 @@ int quantize(const Cli& cli) {
     last = now;
   };
   const std::string source = cli.get("MODEL"), target = cli.get("OUT");
-  const QuantizeOptions options = parse_options(cli);
+  QuantizeOptions options = parse_options(cli);
   if (options.solve.grid == GridKind::kAsym)
     throw Error(ErrorKind::kUsage, "--grid asym: a .q4s file has no zero points; see --compare-grids");
   const bool self_written = !cli.given("calib");
@@ -256,6 +340,15 @@ int quantize(const Cli& cli) {
   lap("calibration");
 
   const QuantizedFrame frame = quantize_frame(model, options, team);
+  // Formats chosen by measurement count before those of --tensor.
+  Json formats = Json::object();
+  if (!writer.notes().empty()) formats = Json::parse(writer.notes()[0])["formats"];
+  else if (cli.given("observe") || cli.given("bpw")) formats = choose_formats(cli, model, *backend, frame, calibration, options);
+  std::vector<std::pair<std::regex, Format4>> chosen_formats;
+  for (const auto& [name, format] : formats.items())
+    chosen_formats.emplace_back(exact_pattern(name), parse_format("bpw", format, options.solve.grid));
+  options.special.insert(options.special.begin(), chosen_formats.begin(), chosen_formats.end());
+  lap("formats");
   add(writer, "embed", frame.embed.view);
   if (!c.tied) add(writer, "head", frame.head.view);
   add(writer, "final_norm", 1, c.dim, frame.final_norm);
@@ -266,6 +359,7 @@ int quantize(const Cli& cli) {
   if (writer.notes().empty()) {
     Json first = samples ? calibration_json(calibration) : Json::object();
     if (samples && self_written) first["ids"] = calibration.tokens;
+    first["formats"] = formats;
     writer.checkpoint(first.dump());
   }
   lap("embedding");
@@ -343,6 +437,11 @@ int run(int argc, char** argv) {
   cli.text("off", "PARTS", "", "leave out rotation, target, residual, search, refine, act-order (comma list)");
   cli.text("only", "REGEX", "", "quantise only matching linears (blk.3.gate_up); the rest stays fp16");
   cli.list("tensor", "REGEX=FORMAT", "g32, g64, g128, row or q8 for matching linears; the first match counts");
+  cli.integer("observe", 0, 0, 1 << 20, "give the K linears of largest loss a finer format");
+  cli.real("bpw", 0, 0, 16, "spend up to so many bits a weight where they help most");
+  cli.flag("compare-grids", "no OUT: measure the seed's versions and this one on --eval, table on stdout");
+  cli.text("eval", "TEXT", "", "text for --compare-grids, windows of 512, second half scored");
+  cli.integer("chunks", 60, 0, 1 << 30, "windows of --eval at most; 0: all");
   cli.integer("seed", 0, 0, INT64_MAX, "of calibration and rotation");
   cli.text("report", "FILE", "", "JSON with losses, weights and times of every linear");
   cli.flag("dry-run", "show sizes and memory, do nothing");
@@ -353,6 +452,7 @@ int run(int argc, char** argv) {
   cli.device_options();
   if (!cli.parse(argc, argv)) return 0;
   if (cli.on("show") || cli.on("verify")) return inspect(cli);
+  if (cli.on("compare-grids")) return compare(cli);
   try {
     return quantize(cli);
   } catch (const Stopped&) {

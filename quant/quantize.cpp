@@ -23,16 +23,6 @@ constexpr int64_t kChunk = 4096;  // tokens of a forward step, whole sequences
 
 bool writes_residual(Unit u) { return u == Unit::kO || u == Unit::kDown; }
 
-std::vector<float>& unit_weights(BlockWeights& b, Unit u) {
-  switch (u) {
-    case Unit::kQkv: return b.qkv;
-    case Unit::kO: return b.o;
-    case Unit::kGateUp: return b.gate_up;
-    case Unit::kDown: break;
-  }
-  return b.down;
-}
-
 // H, D and E of one unit (quant/solver.h), summed over chunks of tokens in backend memory.
 class Statistics {
  public:
@@ -228,20 +218,20 @@ class BlockWalk {
     } else {
       const HessianFactor f = factor(std::move(h), k);
       const Format4 format = o_.format_of(name);
+      SolveOptions solve_options = o_.solve;
+      solve_options.grid = format.grid;
+      solve_options.group = format.group;
+      const LinearProblem problem{source.data(), d.empty() ? nullptr : d.data(), e.empty() ? nullptr : e.data(), n, k};
       info.grid = grid_name(format.grid);
       info.group = format.group == 0 ? k : std::min(format.group, k);
       info.bits = grid_bits(format.grid);
+      info.damp = f.damp;
       if (o_.seed_method) {
         if (!f.ok()) throw Error(ErrorKind::kRuntime, name + ": the Hessian cannot be factored, which the seed's method needs");
         SeedResult r = seed_solve(source.data(), n, f, format.grid, format.group, team_);
         result.values = std::move(r.values);
         rows = std::move(r.rows);
-        info.damp = f.damp;
       } else {
-        SolveOptions solve_options = o_.solve;
-        solve_options.grid = format.grid;
-        solve_options.group = format.group;
-        const LinearProblem problem{source.data(), d.empty() ? nullptr : d.data(), e.empty() ? nullptr : e.data(), n, k};
         QuantizedLinear q = solve(problem, f, solve_options, team_);
         if (!q.fallback.empty()) log_warn("%s: %s", name.c_str(), q.fallback.c_str());
         result.values.resize(n * k);
@@ -255,6 +245,7 @@ class BlockWalk {
         info.sweeps = q.sweeps;
         info.fallback = q.fallback;
       }
+      if (sink_.solved) sink_.solved({index, u, problem, f, solve_options, result, rows});
     }
     info.seconds = since(start);
     for (const Projection& p : projections(c_)) {
@@ -346,6 +337,16 @@ int64_t unit_rows(const LlamaConfig& c, Unit u) {
 }
 int64_t unit_columns(const LlamaConfig& c, Unit u) {
   return u == Unit::kO ? c.q_dim() : u == Unit::kDown ? c.hidden : c.dim;
+}
+
+std::vector<float>& unit_weights(BlockWeights& b, Unit u) {
+  switch (u) {
+    case Unit::kQkv: return b.qkv;
+    case Unit::kO: return b.o;
+    case Unit::kGateUp: return b.gate_up;
+    case Unit::kDown: break;
+  }
+  return b.down;
 }
 
 std::string unit_name(int64_t block, Unit u) {

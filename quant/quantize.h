@@ -20,6 +20,7 @@ constexpr Unit kUnits[] = {Unit::kQkv, Unit::kO, Unit::kGateUp, Unit::kDown};
 std::string unit_name(int64_t block, Unit);  // "blk.3.qkv", the tensor's name
 int64_t unit_rows(const LlamaConfig&, Unit);
 int64_t unit_columns(const LlamaConfig&, Unit);
+std::vector<float>& unit_weights(BlockWeights&, Unit);
 
 // The seven projections of a block as rows of its units.
 struct Projection {
@@ -56,10 +57,22 @@ struct UnitResult {
   PackedWeight packed;
 };
 
+// A unit just solved, with what it was solved from: for those who want to try something else on it.
+struct SolvedUnit {
+  int64_t block;
+  Unit unit;
+  const LinearProblem& problem;
+  const HessianFactor& factor;
+  const SolveOptions& options;
+  const UnitResult& result;
+  const std::vector<RowLoss>& rows;
+};
+
 struct QuantizeSink {
   // Of a block that an earlier run finished: its packed units are asked for, not solved again. Null: none.
   std::function<std::optional<WeightView>(int64_t block, Unit)> kept;
   std::function<void(int64_t block, Unit, UnitResult&)> unit;
+  std::function<void(const SolvedUnit&)> solved;  // before `unit`; optional
   // Norm gains (1 after folding) and the end of a block; not called for kept blocks.
   std::function<void(int64_t block, const BlockWeights& norms, const BlockReport&)> block_done;
   std::function<void(int64_t done, int64_t total)> progress;  // units

@@ -28,6 +28,7 @@ Json write(const LinearReport& l) {
             {"loss", l.loss.loss},
             {"relative_loss", l.loss.relative},
             {"rtn_relative_loss", l.loss.rtn_relative},
+            {"target_loss", l.loss.target},
             {"error_max", l.loss.error_max},
             {"error_mean", l.loss.error_mean},
             {"damp", l.damp},
@@ -93,7 +94,7 @@ BlockReport block_report(const std::string& text) {
     r.bits = l["bits"];
     r.grid = l["grid"];
     r.loss = {number(l, "loss"), number(l, "relative_loss"), number(l, "rtn_relative_loss"), number(l, "error_max"),
-              number(l, "error_mean")};
+              number(l, "error_mean"), number(l, "target_loss")};
     r.damp = number(l, "damp");
     r.sweeps = l["sweeps"];
     r.seconds = number(l, "seconds");

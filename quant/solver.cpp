@@ -59,20 +59,25 @@ QuantizedLinear prepare(int64_t n, int64_t k, const SolveOptions& o) {
   return q;
 }
 
-// Losses of q, and of plain rounding beside it, against the original weights.
-void measure(const std::vector<float>& w, const HessianFactor& f, const Team& team, QuantizedLinear& q) {
+// Losses of q against the original weights w and the corrected ones, and of plain rounding beside it.
+void measure(const std::vector<float>& w, const std::vector<float>& target, const HessianFactor& f, const Team& team,
+             QuantizedLinear& q) {
   SolveOptions plain;
   plain.grid = q.grid;
   plain.group = q.group;
   plain.search = false;
   std::vector<float> value(w.size());
-  const auto losses = [&](const QuantizedLinear& r) {
+  const auto losses = [&](const QuantizedLinear& r, const std::vector<float>& against) {
     for_rows(r.n, team, [&](int64_t first, int64_t rows) { r.dequantize(first, first + rows, &value[first * r.k]); });
-    return row_losses(w.data(), value.data(), f, r.n, team);
+    return row_losses(against.data(), value.data(), f, r.n, team);
   };
-  const std::vector<RowLoss> rounded = losses(round_to_nearest(w.data(), nullptr, q.n, q.k, plain, team));
-  q.rows = losses(q);
-  for (int64_t i = 0; i < q.n; ++i) q.rows[i].rtn_h = rounded[i].error_h;
+  const std::vector<RowLoss> rounded = losses(round_to_nearest(w.data(), nullptr, q.n, q.k, plain, team), w);
+  q.rows = losses(q, w);
+  const std::vector<RowLoss> aimed = losses(q, target);
+  for (int64_t i = 0; i < q.n; ++i) {
+    q.rows[i].rtn_h = rounded[i].error_h;
+    q.rows[i].target_h = aimed[i].error_damped;
+  }
 }
 
 }  // namespace
@@ -104,7 +109,7 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
     const bool usable = std::all_of(diagonal.begin(), diagonal.end(), [](float v) { return std::isfinite(v) && v > 0; });
     q = round_to_nearest(original.data(), usable ? diagonal.data() : nullptr, p.n, p.k, o, team);
     if (!o.rtn) q.fallback = "the Hessian could not be factored: rounded to nearest";
-    measure(original, f, team, q);
+    measure(original, original, f, team, q);
     return q;
   }
 
@@ -131,7 +136,7 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
     q.sweeps = 2;
   }
   q.damp = f.damp;
-  measure(original, f, team, q);
+  measure(original, w, f, team, q);
   return q;
 }
 
@@ -141,8 +146,8 @@ std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFac
   std::vector<RowLoss> rows(n);
   for (int64_t i = 0; i < n; ++i) {
     const RowSums& s = sums[i];
-    rows[i] = {s.error_h - f.lambda * s.error_2, s.error_h, s.weight_h - f.lambda * s.weight_2, 0.0, s.error_abs,
-               s.error_max};
+    rows[i] = {s.error_h - f.lambda * s.error_2, s.error_h, s.weight_h - f.lambda * s.weight_2, 0.0, s.error_h,
+               s.error_abs, s.error_max};
   }
   return rows;
 }
@@ -160,18 +165,20 @@ void QuantizedLinear::dequantize(int64_t begin, int64_t end, float* out) const {
 
 LossSummary summarize(const std::vector<RowLoss>& rows, int64_t k, int64_t row_begin, int64_t row_end) {
   LossSummary s{};
-  double weight = 0.0, error = 0.0, rtn = 0.0;
+  double weight = 0.0, error = 0.0, rtn = 0.0, target = 0.0;
   for (int64_t i = row_begin; i < row_end; ++i) {
     const RowLoss& r = rows[i];
     s.loss += 0.5 * r.error_damped;
     error += r.error_h;
     rtn += r.rtn_h;
+    target += r.target_h;
     weight += r.weight_h;
     s.error_mean += r.error_abs;
     s.error_max = std::max(s.error_max, double(r.error_max));
   }
   s.relative = weight > 0.0 ? error / weight : 0.0;
   s.rtn_relative = weight > 0.0 ? rtn / weight : 0.0;
+  s.target = weight > 0.0 ? target / weight : 0.0;
   if (row_end > row_begin) s.error_mean /= double(row_end - row_begin) * double(k);
   return s;
 }

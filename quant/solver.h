@@ -33,6 +33,7 @@ struct RowLoss {
   double error_h, error_damped;  // dw H dw^T, dw (H + lambda I) dw^T
   double weight_h;               // w H w^T
   double rtn_h;                  // dw H dw^T of plain rounding with plain scales
+  double target_h;               // as error_damped, but against the corrected weights: what the solver minimised
   double error_abs;              // sum |dw|
   float error_max;               // max |dw|
 };
@@ -56,10 +57,11 @@ struct LossSummary {
   double relative;        // tr(dW H dW^T) / tr(W H W^T)
   double rtn_relative;    // the same of plain rounding
   double error_max, error_mean;
+  double target;          // what the solver minimised, over tr(W H W^T)
 };
 LossSummary summarize(const std::vector<RowLoss>& rows, int64_t k, int64_t row_begin, int64_t row_end);
 
-// Losses of dequantised weights q (N, K) against w (N, K); rtn_h is left 0.
+// Losses of dequantised weights q (N, K) against w (N, K), which counts as the target too; rtn_h is left 0.
 std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFactor&, int64_t n, const Team& team);
 
 // Plain rounding without any statistics: weight (K) or null weighs the scale search, where options ask for one.

@@ -65,7 +65,7 @@ TEST_CASE("report: a block survives its JSON, moments of known weights") {
   l.n = 4;
   l.k = 8;
   l.grid = "signed";
-  l.loss = {1.5, 0.1, 0.2, 0.3, 0.04};
+  l.loss = {1.5, 0.1, 0.2, 0.3, 0.04, 0.05};
   l.fallback = "why";
   const std::vector<float> w = {-1, 1, -1, 1, 3, -3, 0, 0};
   l.weights = weight_shape(w.data(), 8);

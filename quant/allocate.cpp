@@ -1,0 +1,272 @@
+#include "quant/allocate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "kernels/embed.h"
+#include "quant/block_runner.h"
+#include "quant/gram.h"
+#include "runtime/error.h"
+#include "runtime/log.h"
+
+namespace q4s {
+namespace {
+
+constexpr int64_t kEffectTokens = 1024;  // of the forward passes that measure effects
+constexpr int64_t kEffectRows = 256;     // positions whose logits are compared
+
+const Format4 kFiner[] = {{GridKind::kSigned, 64}, {GridKind::kSigned, 32}, {GridKind::kInt8, 64}};
+
+// Mean KL(p || q) of rows of logits (rows, V).
+double mean_kl(const std::vector<float>& a, const std::vector<float>& b, int64_t vocab, const Team& team) {
+  const int64_t rows = int64_t(a.size()) / vocab;
+  std::vector<double> kl(rows);
+  team([&](Part part) {
+    const auto [begin, end] = part.of(rows);
+    for (int64_t r = begin; r < end; ++r) {
+      const float *p = &a[r * vocab], *q = &b[r * vocab];
+      const double top_p = *std::max_element(p, p + vocab), top_q = *std::max_element(q, q + vocab);
+      double sum_p = 0, sum_q = 0, dot = 0;
+      for (int64_t i = 0; i < vocab; ++i) {
+        const double e = std::exp(p[i] - top_p);
+        sum_p += e;
+        sum_q += std::exp(q[i] - top_q);
+        dot += e * ((p[i] - top_p) - (q[i] - top_q));
+      }
+      kl[r] = dot / sum_p - std::log(sum_p) + std::log(sum_q);
+    }
+  });
+  return std::accumulate(kl.begin(), kl.end(), 0.0) / double(rows);
+}
+
+// The rest of the model from the residual stream before block `first` to logits.
+class Tail {
+ public:
+  Tail(LlamaModel& m, Backend& b, int64_t first, int64_t tokens, int64_t rows)
+      : graph_({tokens, rows}), y_(&build_llama(graph_, m.config, m.weights, in_, {first, m.config.layers})),
+        arena_bytes_(graph_.plan()), scratch_bytes_(b.scratch_bytes(graph_)) {}
+  size_t arena_bytes() const { return arena_bytes_; }
+  size_t scratch_bytes() const { return scratch_bytes_; }
+
+  std::vector<float> run(Backend& b, const float* x, const std::vector<int32_t>& position,
+                         const std::vector<int32_t>& sequence, const std::vector<int32_t>& wanted, const KvCache& kv,
+                         std::byte* arena, std::byte* scratch, int64_t seq_len) {
+    graph_.bind(arena);
+    in_.x->data = reinterpret_cast<std::byte*>(const_cast<float*>(x));
+    b.write(in_.position->data, position.data(), 4 * position.size());
+    b.write(in_.sequence->data, sequence.data(), 4 * sequence.size());
+    b.write(in_.wanted->data, wanted.data(), 4 * wanted.size());
+    static const Observer none;
+    b.run(graph_, {int64_t(position.size()), int64_t(wanted.size()), seq_len}, kv, scratch, &none);
+    std::vector<float> logits(wanted.size() * size_t(y_->cols));
+    b.read(logits.data(), y_->data, logits.size() * sizeof(float));
+    return logits;
+  }
+
+ private:
+  Graph graph_;
+  Inputs in_;
+  Tensor* y_;
+  size_t arena_bytes_, scratch_bytes_;
+};
+
+}  // namespace
+
+int64_t format_bytes(int64_t n, int64_t k, const Format4& f) {
+  const int64_t group = f.group == 0 ? k : std::min(f.group, k);
+  return n * ((grid_bits(f.grid) * k + 7) / 8 + 2 * ceil_div(k, group));
+}
+
+std::vector<UnitChoices> try_formats(LlamaModel& m, Backend& backend, const QuantizedFrame& frame,
+                                     const Calibration& calibration, const QuantizeOptions& options,
+                                     const std::function<void(int64_t, int64_t)>& progress) {
+  const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
+  std::vector<UnitChoices> all;
+  QuantizeSink sink;
+  sink.unit = [](int64_t, Unit, UnitResult&) {};
+  sink.block_done = [](int64_t, const BlockWeights&, const BlockReport&) {};
+  sink.progress = progress;
+  sink.solved = [&](const SolvedUnit& s) {
+    const int64_t n = s.problem.n, k = s.problem.k;
+    UnitChoices c{s.block, s.unit, 1.0, {}, 0};
+    const auto add = [&](const Format4& f, const std::vector<RowLoss>& rows) {
+      const LossSummary l = summarize(rows, k, 0, n);
+      c.candidates.push_back({f, format_bytes(n, k, f), l.loss, l.target});
+    };
+    const Format4 first{s.options.grid, s.options.group};
+    add(first, s.rows);
+    for (const Format4& f : kFiner) {
+      if (format_bytes(n, k, f) <= c.candidates.back().bytes) continue;
+      SolveOptions o = s.options;
+      o.grid = f.grid == GridKind::kSigned ? first.grid : f.grid;
+      o.group = f.group;
+      add({o.grid, o.group}, solve(s.problem, s.factor, o, team).rows);
+    }
+    all.push_back(std::move(c));
+  };
+  quantize_blocks(m, backend, frame, &calibration, options, sink);
+  return all;
+}
+
+void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibration, std::vector<UnitChoices>& choices,
+                     const std::function<void(int64_t, int64_t)>& progress) {
+  const LlamaConfig& c = m.config;
+  const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
+  const int64_t seq_len = calibration.seq_len;
+  const int64_t sequences = std::clamp<int64_t>(kEffectTokens / seq_len, 1, calibration.samples);
+  const int64_t tokens = sequences * seq_len, stride = ceil_div(tokens, kEffectRows);
+  std::vector<int32_t> position, sequence, wanted;
+  for (int64_t t = 0; t < tokens; ++t) {
+    position.push_back(int32_t(t % seq_len));
+    sequence.push_back(int32_t(t / seq_len));
+    if (t % stride == stride - 1) wanted.push_back(int32_t(t));
+  }
+  fill_rope(m, seq_len);
+  std::vector<Weight*> weights = {&m.weights.embed, &m.weights.final_norm, &m.weights.rope};
+  for (LlamaBlock& b : m.weights.blocks)
+    for (Weight* w : {&b.attn_norm, &b.qkv, &b.o, &b.mlp_norm, &b.gate_up, &b.down}) weights.push_back(w);
+  if (m.weights.head.view.n) weights.push_back(&m.weights.head);
+  backend.load(weights);
+
+  std::vector<std::unique_ptr<Tail>> tails;  // [l]: from before block l + 1
+  size_t arena_bytes = 0, scratch_bytes = 0;
+  for (int64_t l = 0; l < c.layers; ++l) {
+    tails.push_back(std::make_unique<Tail>(m, backend, l + 1, tokens, int64_t(wanted.size())));
+    arena_bytes = std::max(arena_bytes, tails.back()->arena_bytes());
+    scratch_bytes = std::max(scratch_bytes, tails.back()->scratch_bytes());
+  }
+  const auto floats = [](size_t bytes) { return int64_t(bytes / sizeof(float)) + 64; };
+  const Buffer arena(backend, floats(arena_bytes), "activations"), scratch(backend, floats(scratch_bytes), "scratch");
+  KvCache kv{nullptr, KvType::kF32, c.layers, sequences, seq_len, c.kv_dim()};
+  const Buffer cache(backend, floats(kv.bytes()), "the KV cache");
+  kv.base = reinterpret_cast<std::byte*>(cache.get());
+
+  const int64_t widest = std::max({c.dim, c.q_dim(), c.hidden});
+  const Buffer x(backend, tokens * c.dim, "stream"), moved(backend, tokens * c.dim, "stream"),
+      in(backend, tokens * widest, "inputs"), gram(backend, widest * widest, "sums");
+  std::vector<float> host(tokens * c.dim);
+  team([&](Part p) { embed_cpu({m.weights.embed.view, calibration.tokens.data(), host.data(), tokens}, p); });
+  const auto bytes = [](float* p) { return reinterpret_cast<std::byte*>(p); };
+  BlockRunner runner(c, backend, m.weights.rope, seq_len, tokens);
+  const std::unique_ptr<Gram> sums = make_gram(backend);
+
+  const auto logits = [&](int64_t block, const float* stream) {
+    return tails[block]->run(backend, stream, position, sequence, wanted, kv, bytes(arena.get()), bytes(scratch.get()),
+                             seq_len);
+  };
+  // One block on `moved`, which starts as the stream before it; `in` keeps the input of unit `u` when it passes by.
+  const auto run_block = [&](Unit u) {
+    float* s = moved.get();
+    backend.write(bytes(s), host.data(), host.size() * sizeof(float));
+    Buffer a(backend, tokens * widest, "inputs");
+    const auto keep = [&](Unit here, int64_t k) {
+      if (here == u) sums->add({a.get(), a.get(), gram.get(), tokens, k, k, 1.0f, false});
+    };
+    runner.attn_input(s, a.get(), tokens);
+    keep(Unit::kQkv, c.dim);
+    runner.attention(s, a.get(), tokens);
+    keep(Unit::kO, c.q_dim());
+    runner.add_attention(a.get(), s, tokens);
+    runner.mlp_input(s, a.get(), tokens);
+    keep(Unit::kGateUp, c.dim);
+    runner.mlp(s, a.get(), tokens);
+    keep(Unit::kDown, c.hidden);
+    runner.add_mlp(a.get(), s, tokens);
+  };
+
+  SolveOptions plain;
+  plain.search = false;
+  std::vector<float> reference;
+  for (int64_t l = 0; l < c.layers; ++l) {
+    const BlockWeights w = unpack_block(m.weights.blocks[l], team);
+    for (Unit u : kUnits) {
+      const int64_t n = unit_rows(c, u), k = unit_columns(c, u);
+      BlockWeights changed = w;
+      std::vector<float>& target = unit_weights(changed, u);
+      const std::vector<float> exact = target;
+      const QuantizedLinear q = round_to_nearest(exact.data(), nullptr, n, k, plain, team);
+      q.dequantize(0, n, target.data());
+      HessianFactor f;
+      f.k = k;
+      f.h.assign(k * k, 0.0f);
+      backend.write(bytes(gram.get()), f.h.data(), f.h.size() * sizeof(float));
+      const std::vector<float> rounded = target;
+      runner.set(std::move(changed));
+      run_block(u);
+      backend.read(f.h.data(), bytes(gram.get()), f.h.size() * sizeof(float));
+      const double error = summarize(row_losses(exact.data(), rounded.data(), f, n, team), k, 0, n).relative;
+      const std::vector<float> got = logits(l, moved.get());
+      if (reference.empty()) {
+        runner.set(w);
+        run_block(u);
+        reference = logits(l, moved.get());
+      }
+      UnitChoices& choice = choices.at(size_t(l * 4 + int64_t(u)));
+      choice.effect = error > 0 ? mean_kl(reference, got, c.vocab, team) / error : 0.0;
+      if (progress) progress(l * 4 + int64_t(u) + 1, c.layers * 4);
+    }
+    runner.set(w);
+    run_block(Unit::kQkv);
+    backend.read(host.data(), bytes(moved.get()), host.size() * sizeof(float));
+  }
+}
+
+void choose_worst(std::vector<UnitChoices>& all, int64_t count) {
+  std::vector<UnitChoices*> order;
+  for (UnitChoices& c : all) order.push_back(&c);
+  std::stable_sort(order.begin(), order.end(),
+                   [](const UnitChoices* a, const UnitChoices* b) { return a->candidates[0].loss > b->candidates[0].loss; });
+  for (int64_t i = 0; i < std::min(count, int64_t(order.size())); ++i) {
+    UnitChoices& c = *order[i];
+    c.chosen = int(c.candidates.size()) - 1;
+    for (int j = int(c.candidates.size()) - 1; j > 0; --j)
+      if (c.candidates[j].loss < c.candidates[0].loss / 2) c.chosen = j;
+  }
+}
+
+void choose_by_budget(std::vector<UnitChoices>& all, const LlamaConfig& config, double bits_per_weight) {
+  struct Step {
+    size_t unit;
+    int to;
+    int64_t bytes;  // more than the step before
+    double rate;    // damage saved per byte
+  };
+  std::vector<Step> steps;
+  int64_t used = 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    UnitChoices& c = all[i];
+    c.chosen = 0;
+    used += c.candidates[0].bytes;
+    // Lower convex hull: from each point the step of the best rate.
+    for (int at = 0;;) {
+      int best = at;
+      double best_rate = 0.0;
+      for (int j = at + 1; j < int(c.candidates.size()); ++j) {
+        const double rate = (c.damage(at) - c.damage(j)) / double(c.candidates[j].bytes - c.candidates[at].bytes);
+        if (rate > best_rate) best = j, best_rate = rate;
+      }
+      if (best == at) break;
+      steps.push_back({i, best, c.candidates[best].bytes - c.candidates[at].bytes, best_rate});
+      at = best;
+    }
+  }
+  const int64_t budget = int64_t(bits_per_weight / 8 * double(config.linear_weights()));
+  if (used > budget) {
+    throw Error(ErrorKind::kUsage, strprintf("--bpw %.3f: the coarsest choice takes %.3f bits a weight", bits_per_weight,
+                                             8.0 * double(used) / double(config.linear_weights())));
+  }
+  std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.rate > b.rate; });
+  std::vector<bool> closed(all.size());  // a step was too dear: later ones of the same linear would skip it
+  for (const Step& s : steps) {
+    if (closed[s.unit]) continue;
+    if (used + s.bytes > budget) {
+      closed[s.unit] = true;
+      continue;
+    }
+    used += s.bytes;
+    all[s.unit].chosen = s.to;
+  }
+}
+
+}  // namespace q4s
