@@ -15,7 +15,10 @@ namespace {
 void refused(const std::string& path, const std::string& words) {
   CAPTURE(path);
   for (const std::vector<std::string>& command : std::vector<std::vector<std::string>>{
-           {tool("llama-run"), path, "-p", "x"}, {tool("llama-ppl"), path, "/dev/null"}, {tool("llama-bench"), path}}) {
+           {tool("llama-run"), path, "-p", "x"},
+           {tool("llama-ppl"), path, "/dev/null"},
+           {tool("llama-bench"), path},
+           {tool("llama-quant"), path, path + ".out.q4s"}}) {
     const Finished f = run(command);
     CAPTURE(command[0]);
     CAPTURE(f.err);

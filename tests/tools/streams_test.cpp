@@ -47,7 +47,7 @@ std::set<std::string> keys(const json& object) {
 }  // namespace
 
 TEST_CASE("--version and --help: on stdout, code 0, every option with its default") {
-  for (const char* name : {"llama-run", "llama-ppl", "llama-bench"}) {
+  for (const char* name : {"llama-run", "llama-ppl", "llama-bench", "llama-quant"}) {
     const Finished version = run({tool(name), "--version"});
     CHECK(version.code == 0);
     CHECK(version.out == std::string(name) + " (q4s) " Q4S_VERSION "\n");
