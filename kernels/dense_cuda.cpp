@@ -16,8 +16,6 @@ int64_t panel_rows(const WeightView& w) {
   return std::min(w.n, std::max<int64_t>(16, kPanelBytes / (2 * w.k) / 16 * 16));
 }
 
-bool packed(Format f) { return f == Format::kQ4 || f == Format::kQ8; }
-
 void check(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS)
     throw std::runtime_error(std::string(what) + ": cuBLAS: " + cublasGetStatusString(status));
@@ -55,10 +53,11 @@ DenseCuda::DenseCuda(cudaStream_t stream) : library_(std::make_unique<Library>()
 
 DenseCuda::~DenseCuda() = default;
 
-size_t DenseCuda::scratch_bytes(const WeightView& w, int64_t tokens) {
+size_t DenseCuda::scratch_bytes(const DeviceMatrix& m, int64_t tokens) {
+  const WeightView& w = m.view;
   const int64_t operand = w.format == Format::kF32 ? 0 : tokens * w.k * 2,
                 operands = w.format == Format::kBF16 ? 2 : 1;
-  const int64_t panel = packed(w.format) ? panel_rows(w) * w.k * 2 : 0;
+  const int64_t panel = m.tiled ? panel_rows(w) * w.k * 2 : 0;
   return kWorkspace + operands * aligned(operand) + aligned(panel);
 }
 
@@ -70,30 +69,24 @@ void DenseCuda::linear(const float* x, const DeviceMatrix& w, const float* resid
   std::byte* operand = scratch + kWorkspace;
   if (residual && residual != y) copy_cuda(residual, y, tokens * n, stream_);
   const bool add = residual != nullptr;
-  switch (w.view.format) {
-    case Format::kF32:
-      library_->product(CUDA_R_32F, x, w.view.data, y, tokens, n, k, n, add);
-      return;
-    case Format::kBF16: {
-      std::byte* low = operand + aligned(tokens * k * 2);
-      to_bf16_pair_cuda(x, tokens, k, operand, low, stream_);
-      library_->product(CUDA_R_16BF, operand, w.view.data, y, tokens, n, k, n, add);
-      library_->product(CUDA_R_16BF, low, w.view.data, y, tokens, n, k, n, true);
-      return;
+  if (w.tiled) {
+    std::byte* panel = operand + aligned(tokens * k * 2);
+    to_f16_cuda(x, tokens, k, operand, k, stream_);
+    for (int64_t i = 0; i < n; i += panel_rows(w.view)) {
+      const int64_t rows = std::min(panel_rows(w.view), n - i);
+      dequantize_rows_cuda(w, i, i + rows, panel, stream_);
+      library_->product(CUDA_R_16F, operand, panel, y + i, tokens, rows, k, n, add);
     }
-    case Format::kF16:
-      to_f16_cuda(x, tokens, k, operand, k, stream_);
-      library_->product(CUDA_R_16F, operand, w.view.data, y, tokens, n, k, n, add);
-      return;
-    default: {
-      std::byte* panel = operand + aligned(tokens * k * 2);
-      to_f16_cuda(x, tokens, k, operand, k, stream_);
-      for (int64_t i = 0; i < n; i += panel_rows(w.view)) {
-        const int64_t rows = std::min(panel_rows(w.view), n - i);
-        dequantize_rows_cuda(w, i, i + rows, panel, stream_);
-        library_->product(CUDA_R_16F, operand, panel, y + i, tokens, rows, k, n, add);
-      }
-    }
+  } else if (w.view.format == Format::kF32) {
+    library_->product(CUDA_R_32F, x, w.view.data, y, tokens, n, k, n, add);
+  } else if (w.view.format == Format::kF16) {
+    to_f16_cuda(x, tokens, k, operand, k, stream_);
+    library_->product(CUDA_R_16F, operand, w.view.data, y, tokens, n, k, n, add);
+  } else {
+    std::byte* low = operand + aligned(tokens * k * 2);
+    to_bf16_pair_cuda(x, tokens, k, operand, low, stream_);
+    library_->product(CUDA_R_16BF, operand, w.view.data, y, tokens, n, k, n, add);
+    library_->product(CUDA_R_16BF, low, w.view.data, y, tokens, n, k, n, true);
   }
 }
 

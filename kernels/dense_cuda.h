@@ -17,7 +17,7 @@ class DenseCuda {
   DenseCuda& operator=(const DenseCuda&) = delete;
 
   // Working memory of linear(); 256-aligned.
-  static size_t scratch_bytes(const WeightView&, int64_t tokens);
+  static size_t scratch_bytes(const DeviceMatrix&, int64_t tokens);
 
   // y (T, N) = x (T, K) W^T (+ residual (T, N), which may be y). The same bits every run.
   void linear(const float* x, const DeviceMatrix& w, const float* residual, float* y, int64_t tokens,

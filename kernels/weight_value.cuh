@@ -20,32 +20,35 @@ __device__ __forceinline__ int64_t q4_packed_row(const Q4Layout& l, int64_t n) {
   return n;
 }
 
-// Element (n, j) of a weight in tiles of 4 or 8 bits.
+// Element (n, j) of a weight in tiles.
 __device__ __forceinline__ float tile_value(const TiledWeight& w, int64_t n, int64_t j) {
   const Q4Layout& l = w.layout;
   const int64_t p = q4_packed_row(l, n), tile = p / 16 * l.k_tiles() + j / 64;
   const int r = int(p % 16), high = r / 8, c = int(j % 16), lane = r % 8 * 4 + c % 8 / 2,
             step = int(j % 64 / 16);
+  const int value = c / 8 * 2 + c % 2;  // which of the lane's columns 2t, 2t+1, 2t+8, 2t+9
+  if (l.bits == 16)
+    return __half2float(*reinterpret_cast<const __half*>(w.codes + ((tile * 4 + step) * 32 + lane) * 16 +
+                                                         value / 2 * 8 + high * 4 + value % 2 * 2));
   const float scale = __half2float(__ushort_as_half(w.scales[(p / 16 * l.groups() + j / l.group) * 16 + r]));
   if (l.bits == 8)
-    return scale * float(int8_t(w.codes[((tile * 2 + step / 2) * 32 + lane) * 16 + step % 2 * 8 + high * 4 +
-                                        c / 8 * 2 + c % 2]));
+    return scale *
+           float(int8_t(w.codes[((tile * 2 + step / 2) * 32 + lane) * 16 + step % 2 * 8 + high * 4 + value]));
   const uint32_t word = reinterpret_cast<const uint32_t*>(w.codes)[(tile * 32 + lane) * 4 + step];
   const int nibble = high + c / 8 * 2 + c % 2 * 4;
   return scale * (float(word >> nibble * 4 & 15) - (w.grid == Grid::kInt ? 8.f : 7.5f));
 }
 
 __device__ __forceinline__ float weight_value(const DeviceMatrix& m, int64_t n, int64_t j) {
+  if (m.tiled) return tile_value(m.tiles, n, j);
   const int64_t i = n * m.view.k + j;
   switch (m.view.format) {
     case Format::kF32:
       return reinterpret_cast<const float*>(m.view.data)[i];
     case Format::kF16:
       return __half2float(reinterpret_cast<const __half*>(m.view.data)[i]);
-    case Format::kBF16:
+    default:  // kBF16
       return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(m.view.data)[i]);
-    default:
-      return tile_value(m.tiles, n, j);
   }
 }
 

@@ -38,6 +38,7 @@ struct LlamaWeights {
   Weight rotation_signs, rotation_factor;  // (D), (m, m); rotated models only
 
   const Weight& output() const { return head.view.n ? head : embed; }
+  void mark_head() { (head.view.n ? head : embed).head = true; }
   int64_t read_bytes_per_token() const;  // blocks and head: what decoding one token streams
 };
 

@@ -254,6 +254,7 @@ LlamaModel open_llama(const std::string& path) {
   if (m.tokenizer->vocab_size() > m.config.vocab)
     throw Error(ErrorKind::kInput, path + ": the tokenizer has " + std::to_string(m.tokenizer->vocab_size()) +
                                        " tokens, the embedding " + std::to_string(m.config.vocab) + " rows");
+  m.weights.mark_head();
   return m;
 }
 

@@ -43,6 +43,7 @@ LlamaModel random_llama(const LlamaConfig& c, uint64_t seed, Format linears, int
   }
   m.weights.final_norm = ones("final_norm");
   if (!c.tied) m.weights.head = random_matrix("head", c.vocab, c.dim, head, head_group, seed);
+  m.weights.mark_head();
   return m;
 }
 

@@ -33,8 +33,7 @@ struct Scratch {
     const DeviceMatrix w = device_matrix_of(*t.weight);
     product = norm + (t.gain ? aligned(rows * w.view.k * 4) : 0);
     rest = product + (t.epilogue != Epilogue::kNone ? aligned(rows * w.view.n * 4) : 0);
-    bytes =
-        rest + std::max(DenseCuda::scratch_bytes(w.view, rows), aligned(rows * q4_gemm_pitch(w.view.k) * 2));
+    bytes = rest + std::max(DenseCuda::scratch_bytes(w, rows), aligned(rows * q4_gemm_pitch(w.view.k) * 2));
   }
 };
 
@@ -74,7 +73,7 @@ void rope_kv(const Tensor& t, const float* qkv, const Weight& table, float* q, c
 // Whether the rows of w are packed as a kernel with this epilogue needs them.
 bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
   static constexpr RowMap kMaps[] = {RowMap::kPlain, RowMap::kPairHalves, RowMap::kRope};
-  return w.tiled() && w.tiles.layout.map == kMaps[int(epilogue)];
+  return w.tiled && w.tiles.layout.map == kMaps[int(epilogue)];
 }
 
 // A linear with this epilogue in one kernel for few tokens, its largest number at a time; false where it
@@ -82,7 +81,7 @@ bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
 bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
   const DeviceMatrix& w = on_device(*t.weight);
   const int64_t cols = epilogue == Epilogue::kNone ? w.view.n : t.cols, rows = s.counts.of(t.rows);
-  const int64_t most = w.view.format == Format::kQ8 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
+  const int64_t most = w.tiles.layout.bits > 4 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
   if (rows > most || !packed_for(w, epilogue) || !linear_decode_supported(w.tiles.layout)) return false;
   for (int64_t i = 0; i < rows; i += kLinearDecodeTokens) {
     LinearDecodeArgs a;

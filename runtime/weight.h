@@ -29,6 +29,7 @@ struct Weight {
   std::vector<uint8_t> bytes;             // storage of view.data where nothing is mapped
   std::vector<uint16_t> scale_bits;       // storage of view.scales likewise
   RowRoles roles;
+  bool head = false;                      // its product is wanted for few tokens of a step, then read whole
   std::optional<uint64_t> random;         // view without data: a backend makes the values of kernels/random_weight.h
   std::unique_ptr<DeviceWeight> device;   // set by Backend::load
 

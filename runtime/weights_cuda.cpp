@@ -22,15 +22,14 @@ size_t aligned(int64_t bytes) { return size_t(round_up(bytes, int64_t(kArenaAlig
 bool gguf(Format f) { return f == Format::kGgufQ8_0 || f == Format::kGgufQ4_0 || f == Format::kGgufQ4_1; }
 
 int64_t data_bytes(const DeviceMatrix& m) {
-  return m.tiled() ? m.tiles.layout.code_bytes() : m.view.n * row_bytes(m.view.format, m.view.k);
+  return m.tiled ? m.tiles.layout.code_bytes() : m.view.n * row_bytes(m.view.format, m.view.k);
 }
-int64_t scale_bytes(const DeviceMatrix& m) { return m.tiled() ? m.tiles.layout.scale_bytes() : 0; }
+int64_t scale_bytes(const DeviceMatrix& m) { return m.tiled ? m.tiles.layout.scale_bytes() : 0; }
 
 // What is packed into tiles passes through the file's order on the device.
-size_t staging_bytes(const WeightView& v) {
-  return v.format == Format::kQ4 || v.format == Format::kQ8
-             ? aligned(v.n * row_bytes(v.format, v.k)) + aligned(v.n * v.groups() * 2)
-             : 0;
+size_t plain_bytes(const WeightView& v) { return aligned(v.n * row_bytes(v.format, v.k)); }
+size_t staging_bytes(const DeviceMatrix& m) {
+  return m.tiled ? plain_bytes(m.view) + (m.view.group ? aligned(m.view.n * m.view.groups() * 2) : 0) : 0;
 }
 
 struct Freed {
@@ -46,12 +45,14 @@ DeviceMatrix device_matrix_of(const Weight& w) {
             .n = w.view.n,
             .k = w.view.k,
             .group = w.view.group};
-  if (!m.tiled()) return m;
+  m.tiled = m.view.format == Format::kQ4 || m.view.format == Format::kQ8 ||
+            (m.view.format == Format::kF16 && w.head);
+  if (!m.tiled) return m;
   Q4Layout& l = m.tiles.layout;
   l.n = m.view.n;
   l.k = m.view.k;
   l.group = m.view.group;
-  l.bits = m.view.format == Format::kQ4 ? 4 : 8;
+  l.bits = m.view.format == Format::kQ4 ? 4 : m.view.format == Format::kQ8 ? 8 : 16;
   m.tiles.grid = m.view.grid;
   const RowRoles& r = w.roles;
   if (r.kind == RowRoles::Kind::kGateUp) l.map = RowMap::kPairHalves;
@@ -116,8 +117,8 @@ void CudaLoader::upload(int64_t rows, int64_t row_bytes, const Fill& fill, uint8
 void CudaLoader::load_one(const Weight& w, DeviceMatrix& m, uint8_t* staging) {
   const WeightView& v = w.view;
   // Where the file's order goes: into the staging memory if it is packed afterwards, else in place.
-  uint8_t* plain = m.tiled() ? staging : const_cast<uint8_t*>(m.view.data);
-  uint16_t* scales = reinterpret_cast<uint16_t*>(staging + aligned(v.n * row_bytes(v.format, v.k)));
+  uint8_t* plain = m.tiled ? staging : const_cast<uint8_t*>(m.view.data);
+  uint16_t* scales = reinterpret_cast<uint16_t*>(staging + plain_bytes(m.view));
   if (w.random) {
     random_weight_cuda(*w.random, v, plain, scales, stream_);
   } else if (gguf(v.format)) {
@@ -137,7 +138,7 @@ void CudaLoader::load_one(const Weight& w, DeviceMatrix& m, uint8_t* staging) {
     const int64_t bytes = row_bytes(v.format, v.k);
     upload(
         v.n, bytes, [&](int64_t i, uint8_t* to) { std::memcpy(to, v.row(i), size_t(bytes)); }, plain);
-    if (m.tiled()) {
+    if (v.group) {
       const int64_t groups = v.groups();
       upload(
           v.n, 2 * groups,
@@ -145,7 +146,7 @@ void CudaLoader::load_one(const Weight& w, DeviceMatrix& m, uint8_t* staging) {
           reinterpret_cast<uint8_t*>(scales));
     }
   }
-  if (m.tiled())
+  if (m.tiled)
     q4_pack_cuda(m.tiles.layout, {plain, scales}, const_cast<uint8_t*>(m.tiles.codes),
                  const_cast<uint16_t*>(m.tiles.scales), stream_);
 }
@@ -161,7 +162,7 @@ void CudaLoader::load(std::span<Weight* const> all, const LoadProgress& progress
     loaded.push_back(std::make_unique<CudaWeight>());
     loaded.back()->matrix = device_matrix_of(*w);
     total += device_bytes(loaded.back()->matrix);
-    staging_total = std::max(staging_total, staging_bytes(w->view));
+    staging_total = std::max(staging_total, staging_bytes(loaded.back()->matrix));
     source += size_t(w->read_bytes());
   }
   const std::shared_ptr<void> memory(cuda_take(total, "the weights"), Freed{});
@@ -171,7 +172,7 @@ void CudaLoader::load(std::span<Weight* const> all, const LoadProgress& progress
   size_t done = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     DeviceMatrix& m = loaded[i]->matrix;
-    if (m.tiled()) {
+    if (m.tiled) {
       m.tiles.codes = at;
       m.tiles.scales = reinterpret_cast<uint16_t*>(at + aligned(data_bytes(m)));
     } else {
