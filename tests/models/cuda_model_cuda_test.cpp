@@ -258,6 +258,27 @@ TEST_CASE("cuda: twenty runs give the same bits; other sequences do not change o
   }
 }
 
+TEST_CASE("cuda: logits that are not finite stop a run and name the position") {
+  if (!cuda()) return;
+  LlamaModel m = make(shapes()[0]);
+  std::vector<float> gain(size_t(m.config.dim), 1.f);
+  gain[5] = NAN;
+  m.weights.final_norm = make_weight_f32("final_norm", 1, m.config.dim, gain);
+  Session s(m, *cuda(), {.ctx = 64});
+  const auto message = [](const auto& fn) -> std::string {
+    try {
+      fn();
+    } catch (const Error& e) {
+      return e.kind() == ErrorKind::kRuntime ? e.what() : "";
+    }
+    return "";
+  };
+  const std::vector<int32_t> tokens = {1, 2, 3};
+  CHECK(message([&] { s.feed(tokens); }).find("position 2") != std::string::npos);
+  s.truncate(0, 3);
+  CHECK(message([&] { greedy(s, 4, 10); }).find("position 3") != std::string::npos);
+}
+
 TEST_CASE("cuda: stories260K writes the golden text") {
   if (!cuda()) return;
   const std::string folder = data_folder();

@@ -490,3 +490,24 @@ TEST_CASE("cuda: fused linears") {
           b.check(2e-6);
         }
 }
+
+TEST_CASE("cuda: errors say what they are") {
+  if (!cuda()) return;
+  const auto kind_of = [](const auto& fn) {
+    try {
+      fn();
+    } catch (const Error& e) {
+      std::printf("%s\n", e.what());
+      return e.kind();
+    }
+    return ErrorKind::kUsage;  // none was thrown
+  };
+  CHECK(kind_of([] { make_cuda_backend(99); }) == ErrorKind::kNoDevice);
+  CHECK(kind_of([] { cuda()->allocate(size_t(1) << 50, "a test"); }) == ErrorKind::kResource);
+  CHECK(cuda()->free_bytes().value() > 0);
+  std::byte* p = cuda()->allocate(16, "a test");  // the failed one left nothing behind
+  uint32_t word = 1;
+  cuda()->read(&word, p, 4);
+  CHECK(word == 0);
+  cuda()->release(p);
+}
