@@ -1,0 +1,211 @@
+#include "kernels/gptq_cuda.h"
+
+#include <cublas_v2.h>
+#include <cusolverDn.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels/device_array.h"
+#include "kernels/gptq_steps.h"
+
+namespace q4s {
+namespace {
+
+constexpr float kDifferenceScale = 16;                    // a power of two: costs no bits
+constexpr int64_t kSystemBytes = int64_t(512) << 20;      // of the refit's systems at a time
+constexpr size_t kWorkspace = 32 << 20;                   // what the library recommends for this chip
+
+void check(cublasStatus_t status, const char* what) {
+  if (status != CUBLAS_STATUS_SUCCESS)
+    throw std::runtime_error(std::string(what) + ": cuBLAS: " + cublasGetStatusString(status));
+}
+void check(cusolverStatus_t status, const char* what) {
+  if (status != CUSOLVER_STATUS_SUCCESS)
+    throw std::runtime_error(std::string(what) + ": cuSOLVER: status " + std::to_string(int(status)));
+}
+
+cublasOperation_t op(bool transpose) { return transpose ? CUBLAS_OP_T : CUBLAS_OP_N; }
+
+}  // namespace
+
+struct GptqCuda::State {
+  cudaStream_t stream;
+  cublasHandle_t blas = nullptr;
+  cusolverDnHandle_t solver = nullptr;
+  DeviceArray<uint16_t> x16, a16;              // fp16 operands of the statistics
+  DeviceArray<float> first, second, third, moved;
+  DeviceArray<double> matrix, inverse, work, systems, right;
+  DeviceArray<int> flags;                      // (2) bad, info
+  DeviceArray<uint8_t> workspace;
+
+  explicit State(cudaStream_t s) : stream(s) {}
+  ~State() {
+    if (blas) cublasDestroy(blas);
+    if (solver) cusolverDnDestroy(solver);
+  }
+
+  // Row-major C (m, n) = alpha op(A) op(B) + beta C: the transpose of the library's.
+  void product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
+               const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+    if (m == 0 || n == 0 || k == 0) return;
+    check(cublasSgemm(blas, op(tb), op(ta), int(n), int(m), int(k), &alpha, b, int(ldb), a, int(lda), &beta, c,
+                      int(ldc)),
+          "product");
+  }
+  // C (m, n; rows of ldc) += alpha A^T B over t rows of fp16.
+  void gram(int64_t m, int64_t n, int64_t t, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
+            int64_t ldb, float* c, int64_t ldc) {
+    const float one = 1;
+    check(cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_T, int(n), int(m), int(t), &alpha, b, CUDA_R_16F, int(ldb), a,
+                       CUDA_R_16F, int(lda), &one, c, CUDA_R_32F, int(ldc), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+          "sums over tokens");
+  }
+  // Runs the panels of the GPTQ pass or of a sweep over x, which hears of later columns by products with m.
+  void walk(GptqPanelArgs p, float* x, void (*panel)(const GptqPanelArgs&, cudaStream_t)) {
+    p.x = x;
+    p.moved = moved.take(p.n * kGptqBlock);
+    for (p.begin = 0; p.begin < p.k; p.begin += p.size) {
+      p.size = std::min(kGptqBlock, p.k - p.begin);
+      const int64_t end = p.begin + p.size;
+      panel(p, stream);
+      product(false, false, p.n, p.k - end, p.size, -1, p.moved, kGptqBlock, p.m + p.begin * p.k + end, p.k, 1, x + end,
+              p.k);
+    }
+  }
+  bool flagged() {
+    int bad[2];
+    flags.download(bad, 2, stream);
+    return bad[0] != 0 || bad[1] != 0;
+  }
+};
+
+GptqCuda::GptqCuda(cudaStream_t stream) : s_(std::make_unique<State>(stream)) {
+  check(cublasCreate(&s_->blas), "cublasCreate");
+  check(cublasSetStream(s_->blas, stream), "cublasSetStream");
+  check(cublasSetWorkspace(s_->blas, s_->workspace.take(kWorkspace), kWorkspace), "cublasSetWorkspace");
+  check(cublasSetMathMode(s_->blas,
+                          cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)),
+        "cublasSetMathMode");
+  check(cusolverDnCreate(&s_->solver), "cusolverDnCreate");
+  check(cusolverDnSetStream(s_->solver, stream), "cusolverDnSetStream");
+}
+GptqCuda::~GptqCuda() = default;
+
+void GptqCuda::statistics(const GptqStatisticsArgs& a) {
+  if (a.tokens == 0) return;
+  const int64_t ld = round_up(a.k, 8), ldr = round_up(a.n, 8);
+  uint16_t* x = s_->x16.take(a.tokens * ld);
+  gptq_to_half_cuda(a.x, nullptr, 1, a.tokens, a.k, x, ld, s_->stream);
+  // Panels of rows, each from its diagonal on: wide enough for the library, narrow enough to spare most of the rest.
+  const int64_t panel = std::max<int64_t>(1024, round_up(ceil_div(a.k, 8), 128));
+  for (int64_t i = 0; i < a.k; i += panel) {
+    s_->gram(std::min(panel, a.k - i), a.k - i, a.tokens, a.factor, x + i, ld, x + i, ld, a.h + i * a.k + i, a.k);
+  }
+  const float factor = a.factor / kDifferenceScale;
+  if (a.x_full) {
+    uint16_t* dx = s_->a16.take(a.tokens * ld);
+    gptq_to_half_cuda(a.x_full, a.x, kDifferenceScale, a.tokens, a.k, dx, ld, s_->stream);
+    s_->gram(a.k, a.k, a.tokens, factor, dx, ld, x, ld, a.d, a.k);
+  }
+  if (a.r) {
+    uint16_t* dr = s_->a16.take(a.tokens * ldr);
+    gptq_to_half_cuda(a.r_full, a.r, kDifferenceScale, a.tokens, a.n, dr, ldr, s_->stream);
+    s_->gram(a.n, a.k, a.tokens, factor, dr, ldr, x, ld, a.e, a.k);
+  }
+}
+
+bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k) {
+  double* a = s_->matrix.take(k * k);
+  double* b = s_->inverse.take(k * k);
+  s_->flags.clear(2, s_->stream);
+  gptq_factor_begin_cuda(h, order, a, b, k, s_->stream);
+  // With rows and columns reversed, a = L L^T and b = L^-1, both row-major lower: the library's upper.
+  int size = 0;
+  check(cusolverDnDpotrf_bufferSize(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), &size), "factor");
+  check(cusolverDnDpotrf(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), s_->work.take(std::max(size, 1)), size,
+                         s_->flags.get() + 1),
+        "factor");
+  const double one = 1;
+  check(cublasDtrsm(s_->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT, int(k), int(k),
+                    &one, a, int(k), b, int(k)),
+        "inverse");
+  gptq_factor_end_cuda(b, u, s_->flags.get(), k, s_->stream);
+  return !s_->flagged();
+}
+
+bool GptqCuda::correct(const GptqCorrectArgs& a) {
+  const int64_t n = a.n, k = a.k, count = n * k;
+  float *p = s_->first.take(count), *q = s_->second.take(count);
+  if (a.e) {
+    cuda_check(cudaMemcpyAsync(p, a.e, size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, s_->stream), "copy");
+    if (!a.d) check(cublasSscal(s_->blas, int(count), &a.beta, p, 1), "correction");
+  }
+  if (a.d) s_->product(false, false, n, k, k, a.alpha, a.w, k, a.d, k, a.e ? a.beta : 0, p, k);
+  gptq_gather_columns_cuda(p, a.order, q, n, k, false, s_->stream);
+  s_->product(false, true, n, k, k, 1, q, k, a.u, k, 0, p, k);
+  s_->product(false, false, n, k, k, 1, p, k, a.u, k, 0, q, k);
+  s_->flags.clear(2, s_->stream);
+  gptq_finite_cuda(q, count, s_->flags.get(), s_->stream);
+  if (s_->flagged()) return false;
+  gptq_gather_columns_cuda(q, a.inverse, a.w, n, k, true, s_->stream);
+  return true;
+}
+
+void GptqCuda::solve(const GptqSolveArgs& a) {
+  GptqPanelArgs p{};
+  p.m = a.u, p.order = a.order, p.scales = a.scales, p.codes = a.codes;
+  p.n = a.n, p.k = a.k, p.group = a.group, p.levels = a.levels;
+  s_->walk(p, a.w, gptq_solve_panel_cuda);
+}
+
+void GptqCuda::sweep(const GptqRefineArgs& a) {
+  float *e = s_->first.take(a.n * a.k), *gradient = s_->second.take(a.n * a.k);
+  gptq_error_cuda({a.w, a.scales, a.codes, a.n, a.k, a.group, a.levels}, e, s_->stream);
+  s_->product(false, false, a.n, a.k, a.k, 1, e, a.k, a.h, a.k, 0, gradient, a.k);
+  GptqPanelArgs p{};
+  p.m = a.h, p.scales = a.scales, p.codes = a.codes;
+  p.n = a.n, p.k = a.k, p.group = a.group, p.levels = a.levels;
+  s_->walk(p, gradient, gptq_sweep_panel_cuda);
+}
+
+void GptqCuda::refit(const GptqRefineArgs& a) {
+  const int64_t k = a.k, groups = ceil_div(k, a.group);
+  const int64_t most = std::clamp<int64_t>(kSystemBytes / (groups * groups * 8), 1, a.n);
+  float *levels = s_->first.take(most * k), *product = s_->second.take(most * k);
+  double *m = s_->systems.take(most * groups * groups), *b = s_->right.take(most * groups);
+  for (int64_t row = 0; row < a.n; row += most) {
+    const int64_t n = std::min(most, a.n - row);
+    gptq_levels_cuda({nullptr, nullptr, a.codes + row * k, n, k, a.group, a.levels}, levels, s_->stream);
+    s_->product(false, false, n, k, k, 1, a.w + row * k, k, a.h, k, 0, product, k);
+    gptq_group_dots_cuda(product, levels, b, n, k, a.group, 0, groups, s_->stream);
+    for (int64_t g = 0; g < groups; ++g) {  // column g of every system
+      const int64_t begin = g * a.group, size = std::min(a.group, k - begin);
+      s_->product(false, false, n, k - begin, size, 1, levels + begin, k, a.h + begin * k + begin, k, 0, product + begin,
+                  k);
+      gptq_group_dots_cuda(product, levels, m + g * groups, n, k, a.group, g, groups * groups, s_->stream);
+    }
+    gptq_refit_rows_cuda(m, b, a.scales + row * groups, n, groups, s_->stream);
+  }
+}
+
+void GptqCuda::losses(const GptqRefineArgs& a, RowSums* sums, bool weights) {
+  const int64_t n = a.n, k = a.k;
+  float *e = s_->first.take(n * k), *eh = s_->second.take(n * k);
+  gptq_error_cuda({a.w, a.scales, a.codes, n, k, a.group, a.levels}, e, s_->stream);
+  s_->product(false, false, n, k, k, 1, e, k, a.h, k, 0, eh, k);
+  float* wh = nullptr;
+  if (weights) {
+    wh = s_->third.take(n * k);
+    s_->product(false, false, n, k, k, 1, a.w, k, a.h, k, 0, wh, k);
+  }
+  gptq_row_sums_cuda(e, eh, weights ? a.w : nullptr, wh, sums, n, k, s_->stream);
+}
+
+size_t GptqCuda::bytes() const {
+  return s_->x16.bytes() + s_->a16.bytes() + s_->first.bytes() + s_->second.bytes() + s_->third.bytes() +
+         s_->moved.bytes() + s_->matrix.bytes() + s_->inverse.bytes() + s_->work.bytes() + s_->systems.bytes() +
+         s_->right.bytes() + s_->workspace.bytes();
+}
+
+}  // namespace q4s
