@@ -135,7 +135,29 @@ __global__ void __launch_bounds__(kSumThreads) row_sums_kernel(const float* e, c
   if (threadIdx.x == 0) sums[blockIdx.x] = s;
 }
 
+__global__ void __launch_bounds__(kSumThreads) distance_kernel(const float* x, const float* x_full, double* sums,
+                                                             int64_t count, int64_t piece) {
+  __shared__ double shared[32];
+  const auto add = [](double a, double b) { return a + b; };
+  const int64_t begin = blockIdx.x * piece, end = min(count, begin + piece);
+  double difference = 0, full = 0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kSumThreads) {
+    const double e = double(x_full[i]) - x[i];
+    difference += e * e;
+    full += double(x_full[i]) * x_full[i];
+  }
+  difference = block_reduce<kSumThreads>(difference, shared, 0.0, add);
+  full = block_reduce<kSumThreads>(full, shared, 0.0, add);
+  if (threadIdx.x == 0) sums[2 * blockIdx.x] = difference, sums[2 * blockIdx.x + 1] = full;
+}
+
 }  // namespace
+
+void gptq_distance_cuda(const float* x, const float* x_full, double* sums, int64_t count, int64_t piece,
+                        cudaStream_t stream) {
+  launch("distance", distance_kernel, unsigned(ceil_div(count, piece)), kSumThreads, 0, 1, false, stream, x, x_full, sums,
+         count, piece);
+}
 
 void gptq_group_dots_cuda(const float* a, const float* b, double* out, int64_t n, int64_t k, int64_t group,
                           int64_t first, int64_t stride, cudaStream_t stream) {

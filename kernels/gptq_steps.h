@@ -43,6 +43,9 @@ void gptq_refit_rows_cuda(double* m, double* b, uint16_t* scales, int64_t n, int
 void gptq_row_sums_cuda(const float* e, const float* eh, const float* w, const float* wh, RowSums* sums, int64_t n,
                         int64_t k, cudaStream_t);
 
+// sums (ceil(count / piece), 2): of every piece of two arrays, sum of (x_full - x)^2 and of x_full^2.
+void gptq_distance_cuda(const float* x, const float* x_full, double* sums, int64_t count, int64_t piece, cudaStream_t);
+
 // Factorisation: a (K, K) f64 = h with rows and columns in reversed `order`, b (K, K) the identity; later
 // u[i, j] = b[K-1-i, K-1-j] of a row-major lower b. *bad becomes 1 where u is not finite.
 void gptq_factor_begin_cuda(const float* h, const int32_t* order, double* a, double* b, int64_t k, cudaStream_t);

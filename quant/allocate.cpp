@@ -6,7 +6,7 @@
 
 #include "kernels/embed.h"
 #include "quant/block_runner.h"
-#include "quant/gram.h"
+#include "quant/buffer.h"
 #include "runtime/error.h"
 #include "runtime/log.h"
 
@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kEffectTokens = 1024;  // of the forward passes that measure effects
 constexpr int64_t kEffectRows = 256;     // positions whose logits are compared
+constexpr double kDamp = 0.05;           // of a factor that only losses without damping are read from
 
 const Format4 kFiner[] = {{GridKind::kSigned, 64}, {GridKind::kSigned, 32}, {GridKind::kInt8, 64}};
 
@@ -81,14 +82,13 @@ int64_t format_bytes(int64_t n, int64_t k, const Format4& f) {
 std::vector<UnitChoices> try_formats(LlamaModel& m, Backend& backend, const QuantizedFrame& frame,
                                      const Calibration& calibration, const QuantizeOptions& options,
                                      const std::function<void(int64_t, int64_t)>& progress) {
-  const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
   std::vector<UnitChoices> all;
   QuantizeSink sink;
   sink.unit = [](int64_t, Unit, UnitResult&) {};
   sink.block_done = [](int64_t, const BlockWeights&, const BlockReport&) {};
   sink.progress = progress;
   sink.solved = [&](const SolvedUnit& s) {
-    const int64_t n = s.problem.n, k = s.problem.k;
+    const int64_t n = s.n, k = s.k;
     UnitChoices c{s.block, s.unit, 1.0, {}, 0};
     const auto add = [&](const Format4& f, const std::vector<RowLoss>& rows) {
       const LossSummary l = summarize(rows, k, 0, n);
@@ -101,7 +101,7 @@ std::vector<UnitChoices> try_formats(LlamaModel& m, Backend& backend, const Quan
       SolveOptions o = s.options;
       o.grid = f.grid == GridKind::kSigned ? first.grid : f.grid;
       o.group = f.group;
-      add({o.grid, o.group}, solve(s.problem, s.factor, o, team).rows);
+      add({o.grid, o.group}, s.solver.solve(s.w.data(), o).rows);
     }
     all.push_back(std::move(c));
   };
@@ -143,40 +143,41 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
   kv.base = reinterpret_cast<std::byte*>(cache.get());
 
   const int64_t widest = std::max({c.dim, c.q_dim(), c.hidden});
-  const Buffer x(backend, tokens * c.dim, "stream"), moved(backend, tokens * c.dim, "stream"),
-      in(backend, tokens * widest, "inputs"), gram(backend, widest * widest, "sums");
+  const Buffer x(backend, tokens * c.dim, "stream"), moved(backend, tokens * c.dim, "stream");
   std::vector<float> host(tokens * c.dim);
   team([&](Part p) { embed_cpu({m.weights.embed.view, calibration.tokens.data(), host.data(), tokens}, p); });
   const auto bytes = [](float* p) { return reinterpret_cast<std::byte*>(p); };
   BlockRunner runner(c, backend, m.weights.rope, seq_len, tokens);
-  const std::unique_ptr<Gram> sums = make_gram(backend);
+  const std::unique_ptr<UnitSolver> solver = make_unit_solver(backend);
 
   const auto logits = [&](int64_t block, const float* stream) {
     return tails[block]->run(backend, stream, position, sequence, wanted, kv, bytes(arena.get()), bytes(scratch.get()),
                              seq_len);
   };
-  // One block on `moved`, which starts as the stream before it; `in` keeps the input of unit `u` when it passes by.
+  // One block on `moved`, which starts as the stream before it; the solver sums the input of unit `u` as it passes by.
   const auto run_block = [&](Unit u) {
     float* s = moved.get();
     backend.write(bytes(s), host.data(), host.size() * sizeof(float));
     Buffer a(backend, tokens * widest, "inputs");
-    const auto keep = [&](Unit here, int64_t k) {
-      if (here == u) sums->add({a.get(), a.get(), gram.get(), tokens, k, k, 1.0f, false});
+    solver->begin(unit_rows(c, u), unit_columns(c, u), sequences, false, false);
+    const auto keep = [&](Unit here) {
+      if (here == u) solver->add(a.get(), nullptr, nullptr, nullptr, tokens);
     };
     runner.attn_input(s, a.get(), tokens);
-    keep(Unit::kQkv, c.dim);
+    keep(Unit::kQkv);
     runner.attention(s, a.get(), tokens);
-    keep(Unit::kO, c.q_dim());
+    keep(Unit::kO);
     runner.add_attention(a.get(), s, tokens);
     runner.mlp_input(s, a.get(), tokens);
-    keep(Unit::kGateUp, c.dim);
+    keep(Unit::kGateUp);
     runner.mlp(s, a.get(), tokens);
-    keep(Unit::kDown, c.hidden);
+    keep(Unit::kDown);
     runner.add_mlp(a.get(), s, tokens);
   };
 
   SolveOptions plain;
   plain.search = false;
+  plain.rtn = true;
   std::vector<float> reference;
   for (int64_t l = 0; l < c.layers; ++l) {
     const BlockWeights w = unpack_block(m.weights.blocks[l], team);
@@ -187,15 +188,10 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
       const std::vector<float> exact = target;
       const QuantizedLinear q = round_to_nearest(exact.data(), nullptr, n, k, plain, team);
       q.dequantize(0, n, target.data());
-      HessianFactor f;
-      f.k = k;
-      f.h.assign(k * k, 0.0f);
-      backend.write(bytes(gram.get()), f.h.data(), f.h.size() * sizeof(float));
-      const std::vector<float> rounded = target;
       runner.set(std::move(changed));
       run_block(u);
-      backend.read(f.h.data(), bytes(gram.get()), f.h.size() * sizeof(float));
-      const double error = summarize(row_losses(exact.data(), rounded.data(), f, n, team), k, 0, n).relative;
+      solver->factor(kDamp, false);
+      const double error = summarize(solver->solve(exact.data(), plain).rows, k, 0, n).relative;
       const std::vector<float> got = logits(l, moved.get());
       if (reference.empty()) {
         runner.set(w);

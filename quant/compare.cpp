@@ -51,16 +51,16 @@ class WorstSeen {
   explicit WorstSeen(int64_t count) : count_(count) {}
 
   void see(const SolvedUnit& s, const LlamaConfig& c, const Team& team) {
-    const int64_t k = s.problem.k;
+    const int64_t k = s.k;
     for (const Projection& p : projections(c)) {
       if (p.unit != s.unit) continue;
       const double loss = summarize(s.rows, k, p.begin, p.end).loss;
       if (int64_t(entries_.size()) == count_ && !(loss > entries_.back().first)) continue;
       const int64_t n = p.end - p.begin;
-      const float* w = s.problem.w + p.begin * k;
+      const float* w = s.w.data() + p.begin * k;
       const std::vector<float> q(s.result.values.begin() + p.begin * k, s.result.values.begin() + p.end * k);
-      entries_.push_back({s.block, p, loss, climb(w, q, loss, n, s.factor, true, team),
-                          climb(w, q, loss, n, s.factor, false, team)});
+      const HessianFactor& f = s.solver.fetch();
+      entries_.push_back({s.block, p, loss, climb(w, q, loss, n, f, true, team), climb(w, q, loss, n, f, false, team)});
       std::stable_sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.first > b.first; });
       if (int64_t(entries_.size()) > count_) entries_.pop_back();
     }

@@ -88,36 +88,47 @@ bool invert(const std::vector<float>& h, const std::vector<int32_t>& order, int6
 
 }  // namespace
 
-HessianFactor factor_hessian(std::vector<float> h, int64_t k, double damp, bool act_order, const Team& team) {
-  HessianFactor f;
-  f.k = k;
-  f.h = std::move(h);
+bool climb_damping(HessianFactor& f, std::vector<float> diagonal, bool finite, double damp, bool act_order,
+                   const std::function<bool(const std::vector<float>& damped)>& attempt) {
+  const int64_t k = f.k;
   f.dead.assign(k, 0);
   f.order.resize(k);
   std::iota(f.order.begin(), f.order.end(), 0);
   double mean = 0.0;
   for (int64_t j = 0; j < k; ++j) {
-    float& diagonal = f.h[j * k + j];
-    if (diagonal == 0.0f) f.dead[j] = 1, diagonal = 1.0f;
-    mean += diagonal;
+    if (diagonal[j] == 0.0f) f.dead[j] = 1, diagonal[j] = 1.0f;
+    mean += diagonal[j];
   }
   mean /= double(k);
-  if (!std::all_of(f.h.begin(), f.h.end(), [](float v) { return std::isfinite(v); })) return f;
+  if (!finite) return false;
   if (act_order) {
     std::stable_sort(f.order.begin(), f.order.end(),
-                     [&](int32_t a, int32_t b) { return f.h[int64_t(a) * (k + 1)] > f.h[int64_t(b) * (k + 1)]; });
+                     [&](int32_t a, int32_t b) { return diagonal[a] > diagonal[b]; });
   }
-  std::vector<float> diagonal(k);
-  for (int64_t j = 0; j < k; ++j) diagonal[j] = f.h[j * (k + 1)];
+  std::vector<float> damped(k);
   for (double d = damp; d <= 1.0; d = d > 0.0 ? 4.0 * d : 1e-4) {
     f.damp = d;
     f.lambda = d * mean;
-    for (int64_t j = 0; j < k; ++j) f.h[j * (k + 1)] = float(diagonal[j] + f.lambda);
-    const bool done = k <= kExactUpTo ? invert<double>(f.h, f.order, k, f.u, team)
-                                      : invert<float>(f.h, f.order, k, f.u, team) ||
-                                            invert<double>(f.h, f.order, k, f.u, team);
-    if (done) break;
+    for (int64_t j = 0; j < k; ++j) damped[j] = float(diagonal[j] + f.lambda);
+    if (attempt(damped)) return true;
   }
+  return false;
+}
+
+HessianFactor factor_hessian(std::vector<float> h, int64_t k, double damp, bool act_order, const Team& team) {
+  HessianFactor f;
+  f.k = k;
+  f.h = std::move(h);
+  std::vector<float> diagonal(k);
+  for (int64_t j = 0; j < k; ++j) diagonal[j] = f.h[j * (k + 1)];
+  const auto finite = [](float v) { return std::isfinite(v); };
+  climb_damping(f, std::move(diagonal), std::all_of(f.h.begin(), f.h.end(), finite), damp, act_order,
+                [&](const std::vector<float>& damped) {
+                  for (int64_t j = 0; j < k; ++j) f.h[j * (k + 1)] = damped[j];
+                  return k <= kExactUpTo ? invert<double>(f.h, f.order, k, f.u, team)
+                                         : invert<float>(f.h, f.order, k, f.u, team) ||
+                                               invert<double>(f.h, f.order, k, f.u, team);
+                });
   return f;
 }
 

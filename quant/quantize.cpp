@@ -8,8 +8,9 @@
 #include "kernels/half.h"
 #include "kernels/linear.h"
 #include "quant/block_runner.h"
-#include "quant/gram.h"
+#include "quant/buffer.h"
 #include "quant/seed.h"
+#include "quant/unit_solver.h"
 #include "runtime/error.h"
 #include "runtime/log.h"
 
@@ -23,57 +24,6 @@ constexpr int64_t kChunk = 4096;  // tokens of a forward step, whole sequences
 
 bool writes_residual(Unit u) { return u == Unit::kO || u == Unit::kDown; }
 
-// H, D and E of one unit (quant/solver.h), summed over chunks of tokens in backend memory.
-class Statistics {
- public:
-  Statistics(Backend& backend, Gram& gram, int64_t n, int64_t k, int64_t samples, int64_t chunk, bool corrects,
-             bool residual)
-      : backend_(backend), gram_(gram), n_(n), k_(k), factor_(2.0f / float(samples)) {
-    make(h_, k * k);
-    if (corrects) {
-      make(d_, k * k);
-      dx_ = Buffer(backend, chunk * k, "differences");
-    }
-    if (corrects && residual) {
-      make(e_, n * k);
-      dr_ = Buffer(backend, chunk * n, "differences");
-    }
-  }
-  // x, x_full (T, K) inputs of both models; r, r_full (T, N) their residual streams.
-  void add(const float* x, const float* x_full, const float* r, const float* r_full, int64_t tokens) {
-    if (d_) gram_.difference(x_full, x, dx_.get(), tokens * k_);
-    if (e_) gram_.difference(r_full, r, dr_.get(), tokens * n_);
-    gram_.add({x, x, h_.get(), tokens, k_, k_, factor_, true});
-    if (d_) gram_.add({dx_.get(), x, d_.get(), tokens, k_, k_, factor_, false});
-    if (e_) gram_.add({dr_.get(), x, e_.get(), tokens, n_, k_, factor_, false});
-  }
-  // To the host; H made whole.
-  std::vector<float> h() const {
-    std::vector<float> h = fetch(h_, k_ * k_);
-    for (int64_t i = 0; i < k_; ++i)
-      for (int64_t j = 0; j < i; ++j) h[i * k_ + j] = h[j * k_ + i];
-    return h;
-  }
-  std::vector<float> d() const { return fetch(d_, k_ * k_); }
-  std::vector<float> e() const { return fetch(e_, n_ * k_); }
-
- private:
-  void make(Buffer& b, int64_t count) {
-    b = Buffer(backend_, count, "the Hessian");
-    const std::vector<float> zero(count);
-    backend_.write(reinterpret_cast<std::byte*>(b.get()), zero.data(), zero.size() * sizeof(float));
-  }
-  std::vector<float> fetch(const Buffer& b, int64_t count) const {
-    std::vector<float> out(b ? count : 0);
-    if (b) backend_.read(out.data(), reinterpret_cast<const std::byte*>(b.get()), out.size() * sizeof(float));
-    return out;
-  }
-  Backend& backend_;
-  Gram& gram_;
-  int64_t n_, k_;
-  float factor_;
-  Buffer h_, d_, e_, dx_, dr_;
-};
 
 // Walks one model; see quantize_blocks.
 class BlockWalk {
@@ -83,7 +33,7 @@ class BlockWalk {
       : model_(model), backend_(backend), frame_(frame), calibration_(calibration), o_(options), sink_(sink),
         c_(frame.config), team_([&backend](const std::function<void(Part)>& fn) { backend.pool().run(fn); }) {
     if (!calibration) return;
-    gram_ = make_gram(backend);
+    solver_ = make_unit_solver(backend);
     samples_ = calibration->samples;
     seq_len_ = calibration->seq_len;
     tokens_ = samples_ * seq_len_;
@@ -145,11 +95,11 @@ class BlockWalk {
     for (int64_t t = 0; t < tokens_; t += chunk_) fn(t, std::min(chunk_, tokens_ - t));
   }
 
-  // Brings both streams to the inputs of a unit and, with `s`, sums its statistics on the way. The inputs of o and
+  // Brings both streams to the inputs of a unit and, where asked, sums its statistics on the way. The inputs of o and
   // down stay in hold_, since the stream can only move on once the unit is quantised.
-  void gather(Unit u, Statistics* s) {
+  void gather(Unit u, bool sums) {
     const int64_t k = unit_columns(c_, u), d = c_.dim;
-    if (!s && u == Unit::kQkv) return;
+    if (!sums && u == Unit::kQkv) return;
     float* in_full = in_full_.get();
     for_chunks([&](int64_t t, int64_t n) {
       float* x = x_.get() + t * d;
@@ -166,7 +116,7 @@ class BlockWalk {
           break;
         case Unit::kGateUp:
           quant_->add_attention(hold_.get() + t * c_.q_dim(), x, n);
-          if (!s) return;
+          if (!sums) return;
           quant_->mlp_input(x, in, n);
           if (full_) full_->mlp_input(x_full, in_full, n);
           break;
@@ -175,7 +125,7 @@ class BlockWalk {
           if (full_) full_->mlp(x_full, in_full, n);
           break;
       }
-      if (s) s->add(in, in_full, x, x_full, n);
+      if (sums) solver_->add(in, in_full, x, x_full, n);
       if (full_ && u == Unit::kO) full_->add_attention(in_full, x_full, n);
       if (full_ && u == Unit::kDown) full_->add_mlp(in_full, x_full, n);
     });
@@ -187,7 +137,7 @@ class BlockWalk {
     UnitResult result;
     if (kept) {
       if (calibration_) {
-        gather(u, nullptr);
+        gather(u, false);
         result.values.resize(n * k);
         dequantize_rows(*sink_.kept(index, u), 0, n, result.values.data());
         write_back(u, std::move(result.values));
@@ -195,16 +145,9 @@ class BlockWalk {
       return;
     }
     const auto start = Clock::now();
-    std::vector<float> h, d, e;
     if (calibration_) {
-      Statistics s(backend_, *gram_, n, k, samples_, chunk_, o_.corrects(), writes_residual(u));
-      gather(u, &s);
-      h = s.h();
-      d = s.d();
-      e = s.e();
-    } else {  // plain rounding without statistics: H = I
-      h.resize(k * k);
-      for (int64_t j = 0; j < k; ++j) h[j * (k + 1)] = 1.0f;
+      solver_->begin(n, k, samples_, o_.corrects(), writes_residual(u));
+      gather(u, true);
     }
     const std::vector<float>& source = unit_weights(w, u);
     LinearReport info;
@@ -216,23 +159,23 @@ class BlockWalk {
       info.bits = 16;
       rows.resize(n);
     } else {
-      const HessianFactor f = factor(std::move(h), k);
+      if (calibration_) info.damp = solver_->factor(o_.damp, o_.act_order);
       const Format4 format = o_.format_of(name);
       SolveOptions solve_options = o_.solve;
       solve_options.grid = format.grid;
       solve_options.group = format.group;
-      const LinearProblem problem{source.data(), d.empty() ? nullptr : d.data(), e.empty() ? nullptr : e.data(), n, k};
       info.grid = grid_name(format.grid);
       info.group = format.group == 0 ? k : std::min(format.group, k);
       info.bits = grid_bits(format.grid);
-      info.damp = f.damp;
       if (o_.seed_method) {
+        const HessianFactor& f = solver_->fetch();
         if (!f.ok()) throw Error(ErrorKind::kRuntime, name + ": the Hessian cannot be factored, which the seed's method needs");
         SeedResult r = seed_solve(source.data(), n, f, format.grid, format.group, team_);
         result.values = std::move(r.values);
         rows = std::move(r.rows);
       } else {
-        QuantizedLinear q = solve(problem, f, solve_options, team_);
+        QuantizedLinear q = calibration_ ? solver_->solve(source.data(), solve_options)
+                                         : solve({source.data(), nullptr, nullptr, n, k}, no_statistics(k), solve_options, team_);
         if (!q.fallback.empty()) log_warn("%s: %s", name.c_str(), q.fallback.c_str());
         result.values.resize(n * k);
         team_([&](Part part) {
@@ -245,7 +188,7 @@ class BlockWalk {
         info.sweeps = q.sweeps;
         info.fallback = q.fallback;
       }
-      if (sink_.solved) sink_.solved({index, u, problem, f, solve_options, result, rows});
+      if (sink_.solved && calibration_) sink_.solved({index, u, n, k, source, *solver_, solve_options, result, rows});
     }
     info.seconds = since(start);
     for (const Projection& p : projections(c_)) {
@@ -261,11 +204,12 @@ class BlockWalk {
     if (sink_.progress) sink_.progress(index * 4 + int64_t(u) + 1, c_.layers * 4);
   }
 
-  HessianFactor factor(std::vector<float> h, int64_t k) {
-    if (calibration_) return factor_hessian(std::move(h), k, o_.damp, o_.act_order, team_);
+  // For plain rounding without calibration: H = I.
+  static HessianFactor no_statistics(int64_t k) {
     HessianFactor f;
     f.k = k;
-    f.h = std::move(h);
+    f.h.resize(k * k);
+    for (int64_t j = 0; j < k; ++j) f.h[j * (k + 1)] = 1.0f;
     f.dead.assign(k, 0);
     return f;
   }
@@ -296,19 +240,13 @@ class BlockWalk {
   // The quantised stream through down; how far it is from the full-precision one.
   double advance() {
     double error = 0.0, total = 0.0;
-    std::vector<float> x(chunk_ * c_.dim), x_full(x.size());
     for_chunks([&](int64_t t, int64_t n) {
-      float* at = x_.get() + t * c_.dim;
-      quant_->add_mlp(hold_.get() + t * c_.hidden, at, n);
+      float* x = x_.get() + t * c_.dim;
+      quant_->add_mlp(hold_.get() + t * c_.hidden, x, n);
       if (!full_) return;
-      const size_t count = size_t(n * c_.dim);
-      backend_.read(x.data(), reinterpret_cast<const std::byte*>(at), count * sizeof(float));
-      backend_.read(x_full.data(), reinterpret_cast<const std::byte*>(x_full_.get() + t * c_.dim), count * sizeof(float));
-      for (size_t i = 0; i < count; ++i) {
-        const double e = double(x_full[i]) - x[i];
-        error += e * e;
-        total += double(x_full[i]) * x_full[i];
-      }
+      const Distance d = solver_->distance(x, x_full_.get() + t * c_.dim, n * c_.dim);
+      error += d.difference_2;
+      total += d.full_2;
     });
     return full_ ? error / total : 0.0;
   }
@@ -323,7 +261,7 @@ class BlockWalk {
   const Team team_;
   int64_t samples_ = 0, seq_len_ = 0, tokens_ = 0, chunk_ = 0;
   Weight rope_;
-  std::unique_ptr<Gram> gram_;
+  std::unique_ptr<UnitSolver> solver_;
   std::unique_ptr<BlockRunner> quant_, full_;  // full_ only for the correction
   Buffer x_, x_full_;                          // (T, D) residual streams
   Buffer hold_;                                // (T, H hd) or (T, F) inputs of o or down

@@ -11,6 +11,7 @@
 #include "quant/calibration.h"
 #include "quant/pack.h"
 #include "quant/report.h"
+#include "quant/unit_solver.h"
 
 namespace q4s {
 
@@ -61,8 +62,9 @@ struct UnitResult {
 struct SolvedUnit {
   int64_t block;
   Unit unit;
-  const LinearProblem& problem;
-  const HessianFactor& factor;
+  int64_t n, k;
+  const std::vector<float>& w;  // (N, K)
+  UnitSolver& solver;           // holds its statistics and factor
   const SolveOptions& options;
   const UnitResult& result;
   const std::vector<RowLoss>& rows;
@@ -72,7 +74,7 @@ struct QuantizeSink {
   // Of a block that an earlier run finished: its packed units are asked for, not solved again. Null: none.
   std::function<std::optional<WeightView>(int64_t block, Unit)> kept;
   std::function<void(int64_t block, Unit, UnitResult&)> unit;
-  std::function<void(const SolvedUnit&)> solved;  // before `unit`; optional
+  std::function<void(const SolvedUnit&)> solved;  // before `unit`, where there is a calibration; optional
   // Norm gains (1 after folding) and the end of a block; not called for kept blocks.
   std::function<void(int64_t block, const BlockWeights& norms, const BlockReport&)> block_done;
   std::function<void(int64_t done, int64_t total)> progress;  // units

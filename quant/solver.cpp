@@ -108,14 +108,14 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
   if (o.rtn || !f.ok()) {
     const bool usable = std::all_of(diagonal.begin(), diagonal.end(), [](float v) { return std::isfinite(v) && v > 0; });
     q = round_to_nearest(original.data(), usable ? diagonal.data() : nullptr, p.n, p.k, o, team);
-    if (!o.rtn) q.fallback = "the Hessian could not be factored: rounded to nearest";
+    if (!o.rtn) q.fallback = q.kNoFactor;
     measure(original, original, f, team, q);
     return q;
   }
 
   std::vector<float> w = original;
   if ((p.d && o.alpha != 0.0f) || (p.e && o.beta != 0.0f)) {
-    if (!add_correction(p, f, o, team, w)) q.fallback = "the correction towards full precision is not finite: left out";
+    if (!add_correction(p, f, o, team, w)) q.fallback = q.kNoCorrection;
   }
   std::vector<float> work(p.n * p.k);
   team([&](Part part) {
@@ -144,12 +144,13 @@ std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFac
   std::vector<RowSums> sums(n);
   team([&](Part part) { gptq_loss_cpu({w, q, f.h.data(), sums.data(), n, f.k}, part); });
   std::vector<RowLoss> rows(n);
-  for (int64_t i = 0; i < n; ++i) {
-    const RowSums& s = sums[i];
-    rows[i] = {s.error_h - f.lambda * s.error_2, s.error_h, s.weight_h - f.lambda * s.weight_2, 0.0, s.error_h,
-               s.error_abs, s.error_max};
-  }
+  for (int64_t i = 0; i < n; ++i) rows[i] = row_loss(sums[i], f.lambda);
   return rows;
+}
+
+RowLoss row_loss(const RowSums& s, double lambda) {
+  return {s.error_h - lambda * s.error_2, s.error_h, s.weight_h - lambda * s.weight_2, 0.0, s.error_h, s.error_abs,
+          s.error_max};
 }
 
 void QuantizedLinear::dequantize(int64_t begin, int64_t end, float* out) const {

@@ -38,6 +38,8 @@ struct RowLoss {
   float error_max;               // max |dw|
 };
 
+RowLoss row_loss(const RowSums&, double lambda);
+
 struct QuantizedLinear {
   int64_t n = 0, k = 0, group = 0;
   GridKind grid = GridKind::kSigned;
@@ -49,6 +51,8 @@ struct QuantizedLinear {
   std::string fallback;          // why it was rounded to nearest though GPTQ was asked for; else empty
 
   int64_t groups() const { return ceil_div(k, group); }
+  static constexpr const char* kNoFactor = "the Hessian could not be factored: rounded to nearest";
+  static constexpr const char* kNoCorrection = "the correction towards full precision is not finite: left out";
   void dequantize(int64_t begin, int64_t end, float* out) const;  // rows [begin, end) -> (end - begin, K)
 };
 

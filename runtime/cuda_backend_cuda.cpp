@@ -10,6 +10,7 @@
 #include "kernels/convert.h"
 #include "kernels/cuda_check.h"
 #include "kernels/read_sweep.h"
+#include "runtime/cuda_backend.h"
 #include "runtime/error.h"
 #include "runtime/ops_cuda.h"
 #include "runtime/plan.h"
@@ -110,6 +111,8 @@ class CudaBackend final : public Backend {
   void load(std::span<Weight* const> weights, const LoadProgress& progress) override {
     guarded("loading weights", [&] { loader_.load(weights, progress); });
   }
+
+  cudaStream_t stream() const { return stream_.get(); }
 
   bool fuses() const override { return true; }
   double read_bandwidth() override {
@@ -306,6 +309,11 @@ class CudaBackend final : public Backend {
 };
 
 }  // namespace
+
+cudaStream_t cuda_stream(Backend& b) {
+  if (const auto* cuda = dynamic_cast<const CudaBackend*>(&b)) return cuda->stream();
+  throw Error(ErrorKind::kRuntime, "the " + b.name() + " backend has no CUDA stream");
+}
 
 std::unique_ptr<Backend> make_cuda_backend(int device) {
   try {

@@ -1,14 +1,11 @@
-// Sums over tokens where the activations are: H, D and E of a linear on the CPU or the GPU.
+// An f32 array in a backend's memory.
 #pragma once
-#include <memory>
 #include <utility>
 
-#include "kernels/gptq.h"
 #include "runtime/backend.h"
 
 namespace q4s {
 
-// f32 array in backend memory.
 class Buffer {
  public:
   Buffer() = default;
@@ -30,15 +27,5 @@ class Buffer {
   Backend* backend_ = nullptr;
   std::byte* data_ = nullptr;
 };
-
-// All pointers are backend memory.
-class Gram {
- public:
-  virtual ~Gram() = default;
-  virtual void difference(const float* a, const float* b, float* out, int64_t count) = 0;  // out = a - b
-  virtual void add(const GptqGramArgs&) = 0;
-};
-std::unique_ptr<Gram> make_gram(Backend&);  // by the backend's name
-std::unique_ptr<Gram> make_cuda_gram(Backend&);
 
 }  // namespace q4s

@@ -1,0 +1,38 @@
+// From the inputs of one unit (linears that read the same input) to its codes, where the activations are: sums over
+// tokens, factorisation and solve on the CPU or on the GPU. The recipe of a solve is that of quant/solver.h on both;
+// statistics and factor never leave the GPU unless fetched.
+#pragma once
+#include <memory>
+
+#include "quant/solver.h"
+#include "runtime/backend.h"
+
+namespace q4s {
+
+struct Distance {
+  double difference_2 = 0, full_2 = 0;  // sums of (x_full - x)^2 and of x_full^2
+};
+
+// Calls come in the order of the declarations, solve() as often as wanted.
+class UnitSolver {
+ public:
+  virtual ~UnitSolver() = default;
+  // H = 0, and D, E where the correction towards full precision and the repair of the residual stream are wanted.
+  virtual void begin(int64_t n, int64_t k, int64_t samples, bool corrects, bool residual) = 0;
+  // Backend memory: x, x_full (T, K) inputs of the quantised and of the full-precision model's linear; r, r_full
+  // (T, N) their residual streams. Only x is read unless begin() asked for the others.
+  virtual void add(const float* x, const float* x_full, const float* r, const float* r_full, int64_t tokens) = 0;
+  // Ends the sums; returns the damping used. Where nothing could be factored, solve() will round to nearest.
+  virtual double factor(double damp, bool act_order) = 0;
+  virtual QuantizedLinear solve(const float* w, const SolveOptions&) = 0;  // w (N, K) in host memory
+  // The factor in host memory, with h and u.
+  virtual const HessianFactor& fetch() = 0;
+
+  // Of two arrays in backend memory; at any time.
+  virtual Distance distance(const float* x, const float* x_full, int64_t count) = 0;
+};
+
+std::unique_ptr<UnitSolver> make_unit_solver(Backend&);  // by the backend's name
+std::unique_ptr<UnitSolver> make_cuda_unit_solver(Backend&);
+
+}  // namespace q4s
