@@ -186,6 +186,7 @@ inline F load_half_n(const uint16_t* p, int64_t n) {
 #if defined(__AVX512F__)
   return F(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)));
 #else
+  if (n == kW) return load_half(p);
   uint16_t v[kW] = {};
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];
   return load_half(v);

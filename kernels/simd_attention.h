@@ -10,8 +10,8 @@ namespace q4s {
 namespace {
 
 constexpr int kKeys = 4 * kW;
-constexpr int kQueries = 32;
-constexpr int kQueriesAtOnce = kW == 16 ? 4 : 2;  // times 4 vectors of sums: what the registers hold
+constexpr int kQueries = 64;
+constexpr int kQueriesAtOnce = kW == 16 ? 4 : 3;  // times 4 vectors of sums: what the registers hold
 
 struct Query {
   const float* q;  // (head_dim)
@@ -127,10 +127,9 @@ void attention_heads(const AttentionArgs& a, int64_t t, int64_t h0, int64_t h1) 
       const int64_t at_q = (t * a.heads + h + i) * hd;
       u[i] = {a.q + at_q, a.y + at_q, a.at.position[t] + 1, -__builtin_inff(), 0};
     }
-    if constexpr (kQueriesAtOnce == 4) {
+    if constexpr (kQueriesAtOnce == 4)
       if (many == 4) attend_directly<type, 4>(u, a.kv, at, stride, hd, scale);
-      if (many == 3) attend_directly<type, 3>(u, a.kv, at, stride, hd, scale);
-    }
+    if (many == 3) attend_directly<type, 3>(u, a.kv, at, stride, hd, scale);
     if (many == 2) attend_directly<type, 2>(u, a.kv, at, stride, hd, scale);
     if (many == 1) attend_directly<type, 1>(u, a.kv, at, stride, hd, scale);
     h += many;
@@ -146,11 +145,8 @@ struct AttentionScratch {
   float* k;  // (head_dim, kKeys): a block's keys, transposed
   float* v;  // (kKeys, padded head)
   float* y;  // (kQueries, padded head): running sums of values
-  float* p;  // (kQueries, kKeys): scores, then weights
 };
-int64_t attention_floats(int64_t hd) {
-  return hd * kKeys + (kKeys + kQueries) * padded_head(hd) + kQueries * kKeys;
-}
+int64_t attention_floats(int64_t hd) { return hd * kKeys + (kKeys + kQueries) * padded_head(hd); }
 
 template <KvType type>
 void unpack_block(const KvLayer& kv, int64_t at, int64_t stride, int64_t n, int64_t hd,
@@ -172,40 +168,43 @@ void unpack_block(const KvLayer& kv, int64_t at, int64_t stride, int64_t n, int6
             d < hd ? load_cache<type>(kv.v, at + j * stride + d, min64(kW, hd - d)) : F{});
 }
 
-// c[m] += a[m] (n) times b (n, 4 vectors of row stride ld).
+// c[m] = c[m] * factor[m] + a[m] (n) times b (n, 4 vectors of row stride ld). Not inlined: the sums need
+// nearly all registers.
 template <int M>
-void multiply_few(const float* const (&a)[M], int64_t n, const float* b, int64_t ld, F (&c)[M][4]) {
+__attribute__((noinline)) void multiply_few(const float* const (&a)[M], int64_t n, const float* b, int64_t ld,
+                                            const float (&factor)[M], float* const (&c)[M]) {
+  F acc[M][4];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < 4; ++v) acc[m][v] = loadf(c[m] + v * kW) * factor[m];
   for (int64_t j = 0; j < n; ++j, b += ld)
     for (int v = 0; v < 4; ++v) {
       const F x = loadf(b + v * kW);
-      for (int m = 0; m < M; ++m) c[m][v] = fma(splat(a[m][j]), x, c[m][v]);
+      for (int m = 0; m < M; ++m) acc[m][v] = fma(splat(a[m][j]), x, acc[m][v]);
     }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < 4; ++v) store(c[m] + v * kW, acc[m][v]);
 }
 
-// M neighbouring queries with the block of keys from `first` on, of which n are unpacked.
+// M neighbouring queries, whose sums are rows of y, with the block of keys from `first` on, of which n are
+// unpacked.
 template <int M>
-void attend_block(Query* u, const AttentionScratch& s, int64_t row, int64_t first, int64_t n, int64_t hd,
+void attend_block(Query* u, const AttentionScratch& s, float* y, int64_t first, int64_t n, int64_t hd,
                   float scale) {
-  const float *q[M], *p[M];
-  float shrink[M];
-  F score[M][4] = {};
-  for (int m = 0; m < M; ++m) q[m] = u[m].q;
-  multiply_few<M>(q, hd, s.k, kKeys, score);
+  float p[M][kKeys] = {}, shrink[M] = {};
+  const float *q[M], *weights[M];
+  float* sums[M];
+  for (int m = 0; m < M; ++m) q[m] = u[m].q, weights[m] = sums[m] = p[m];
+  multiply_few<M>(q, hd, s.k, kKeys, shrink, sums);
   for (int m = 0; m < M; ++m) {
-    float* weights = s.p + (row + m) * kKeys;
+    F score[4];
+    for (int b = 0; b < 4; ++b) score[b] = loadf(p[m] + b * kW);
     const int64_t seen = u[m].keys - first;
-    shrink[m] = weigh(u[m], score[m], seen < n ? seen : n, scale, weights);
-    p[m] = weights;
+    shrink[m] = weigh(u[m], score, seen < n ? seen : n, scale, p[m]);
   }
   const int64_t padded = padded_head(hd);
   for (int64_t d = 0; d < padded; d += 4 * kW) {
-    F acc[M][4];
-    float* y = s.y + row * padded + d;
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < 4; ++v) acc[m][v] = loadf(y + m * padded + v * kW) * shrink[m];
-    multiply_few<M>(p, n, s.v + d, padded, acc);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < 4; ++v) store(y + m * padded + v * kW, acc[m][v]);
+    for (int m = 0; m < M; ++m) sums[m] = y + m * padded + d;
+    multiply_few<M>(weights, n, s.v + d, padded, shrink, sums);
   }
 }
 
@@ -218,7 +217,6 @@ void attention_tile(const AttentionArgs& a, int64_t t0, int64_t t1, int64_t h0, 
   s.k = scratch;
   s.v = s.k + hd * kKeys;
   s.y = s.v + kKeys * padded;
-  s.p = s.y + kQueries * padded;
   for (int64_t t = t0; t < t1;) {
     Query u[kQueries];
     int64_t count = 0, most = 0;
@@ -235,9 +233,10 @@ void attention_tile(const AttentionArgs& a, int64_t t0, int64_t t1, int64_t h0, 
       unpack_block<type>(a.kv, (sequence * a.kv.ctx + first) * stride + kv_head * hd, stride, n, hd, s);
       for (int64_t i = 0; i < count; i += kQueriesAtOnce) {
         if (i + kQueriesAtOnce <= count) {
-          attend_block<kQueriesAtOnce>(u + i, s, i, first, n, hd, scale);
+          attend_block<kQueriesAtOnce>(u + i, s, s.y + i * padded, first, n, hd, scale);
         } else {
-          for (int64_t j = i; j < count; ++j) attend_block<1>(u + j, s, j, first, n, hd, scale);
+          for (int64_t j = i; j < count; ++j)
+            attend_block<1>(u + j, s, s.y + j * padded, first, n, hd, scale);
         }
       }
     }
