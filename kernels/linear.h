@@ -31,7 +31,7 @@ void linear(const LinearArgs&, Part = {});
 
 // Rows [begin, end) of w as f32: out (end-begin, k). The exact values every path computes with.
 void dequantize_rows(const WeightView&, int64_t begin, int64_t end, float* out);
-// The same rounded to fp16, out (end-begin, k) fp16; all pointers in device memory.
+// The same rounded to fp16, out (end-begin, k) fp16; all pointers in device memory. Weights in tiles.
 void dequantize_rows_cuda(const DeviceMatrix&, int64_t begin, int64_t end, void* out, cudaStream_t);
 
 }  // namespace q4s

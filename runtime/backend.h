@@ -29,7 +29,8 @@ struct KvCache {
   }
 };
 
-// Called before each node on the eager path, with its sources computed. Null in generation.
+// Called before each node on the eager path, with its sources computed. Null in generation. Wants a graph built
+// without fused nodes: what lies between those may be stored otherwise than as f32.
 using Observer = std::function<void(const Tensor&)>;
 
 // A decoding run that stays on the device: every step draws a token for each row from its logits, puts it where the

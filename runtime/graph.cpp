@@ -44,6 +44,11 @@ Tensor& Graph::add(Op op, std::string name, Rows rows, int64_t cols, std::initia
   t->rows = rows;
   t->cols = cols;
   std::copy(src.begin(), src.end(), t->src.begin());
+  for (Tensor* s : src)
+    if (s) {
+      ++s->readers;
+      s->reader = t.get();
+    }
   nodes_.push_back(std::move(t));
   return *nodes_.back();
 }

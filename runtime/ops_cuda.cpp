@@ -76,13 +76,29 @@ bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
   return w.tiled && w.tiles.layout.map == kMaps[int(epilogue)];
 }
 
+bool few(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
+  const int64_t most = w.tiles.layout.bits > 4 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
+  return packed_for(w, epilogue) && rows <= most && linear_decode_supported(w.tiles.layout);
+}
+bool many(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
+  return packed_for(w, epilogue) && w.view.format == Format::kQ4 && !few(w, epilogue, rows);
+}
+
+// Whether a step of so many rows stores t as fp16, (rows, cols) in the first half of its memory: what the one
+// product that reads it wants. Between gate|up and down.
+bool stored_half(const Tensor& t, int64_t rows) {
+  return t.op == Op::kLinear && t.epilogue == Epilogue::kSwiglu && t.cols % kQ4TileCols == 0 && !t.keep &&
+         t.readers == 1 && t.reader->op == Op::kLinear && !t.reader->gain && t.reader->src[0] == &t &&
+         many(on_device(*t.weight), t.epilogue, rows) &&
+         many(on_device(*t.reader->weight), t.reader->epilogue, rows);
+}
+
 // A linear with this epilogue in one kernel for few tokens, its largest number at a time; false where it
 // cannot.
 bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
   const DeviceMatrix& w = on_device(*t.weight);
   const int64_t cols = epilogue == Epilogue::kNone ? w.view.n : t.cols, rows = s.counts.of(t.rows);
-  const int64_t most = w.tiles.layout.bits > 4 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
-  if (rows > most || !packed_for(w, epilogue) || !linear_decode_supported(w.tiles.layout)) return false;
+  if (!few(w, epilogue, rows)) return false;
   for (int64_t i = 0; i < rows; i += kLinearDecodeTokens) {
     LinearDecodeArgs a;
     a.x = t.src[0]->f32() + i * w.view.k;
@@ -109,13 +125,16 @@ bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float
 bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
   const DeviceMatrix& w = on_device(*t.weight);
   const int64_t rows = s.counts.of(t.rows);
-  if (w.view.format != Format::kQ4 || !packed_for(w, epilogue)) return false;
+  if (!many(w, epilogue, rows)) return false;
   const Q4GemmConfig config = q4_gemm_config({rows, w.tiles.layout, s.multiprocessors, s.hopper});
   assert(config.workspace_bytes <= workspace_bytes(s.multiprocessors));
-  uint16_t* x =
-      reinterpret_cast<uint16_t*>(s.scratch + Scratch(t, rows, workspace_bytes(s.multiprocessors)).rest);
-  q4_gemm_activations_cuda(
-      {t.src[0]->f32(), t.gain ? vector_of(*t.gain) : nullptr, x, rows, w.view.k, t.eps, true}, s.stream);
+  const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
+  uint16_t* x = reinterpret_cast<uint16_t*>(s.scratch + at.rest);
+  if (stored_half(*t.src[0], rows))
+    x = reinterpret_cast<uint16_t*>(t.src[0]->data);
+  else
+    q4_gemm_activations_cuda(
+        {t.src[0]->f32(), t.gain ? vector_of(*t.gain) : nullptr, x, rows, w.view.k, t.eps, true}, s.stream);
   Q4GemmArgs a{};
   a.x = x;
   a.w = w.tiles.layout;
@@ -127,6 +146,7 @@ bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, floa
              : epilogue == Epilogue::kSwiglu ? Q4GemmOutput::kSwiglu
                                              : Q4GemmOutput::kRopeKv;
   a.y = y;
+  a.y_half = stored_half(t, rows);
   a.y_pitch = epilogue == Epilogue::kNone ? w.view.n : t.cols;
   a.residual = residual;
   if (epilogue == Epilogue::kRopeKv) {
