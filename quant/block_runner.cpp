@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cassert>
 
+#include "kernels/half.h"
+
 namespace q4s {
 
 struct BlockRunner::Piece {
@@ -15,6 +17,23 @@ struct BlockRunner::Piece {
 };
 
 namespace {
+
+// A matrix as the backend multiplies fast: the GPU has no quick product in f32, and fp16 keeps eleven bits of what
+// becomes four (its activations are rounded to as many either way).
+Weight make_matrix(Backend& b, const std::string& name, int64_t n, int64_t k, std::vector<float> values) {
+  if (b.name() != "cuda") return make_weight_f32(name, n, k, std::move(values));
+  Weight w;
+  w.name = name;
+  w.bytes.resize(2 * values.size());
+  b.pool().run([&](Part part) {
+    const auto [begin, end] = part.of(int64_t(values.size()), 1024);
+    uint16_t* half = reinterpret_cast<uint16_t*>(w.bytes.data());
+    for (int64_t i = begin; i < end; ++i) half[i] = float_to_half(values[i]);
+  });
+  w.view = {.format = Format::kF16, .n = n, .k = k, .data = w.bytes.data()};
+  return w;
+}
+
 enum { kAttnInput, kAttention, kAddAttention, kMlpInput, kMlp, kAddMlp };  // order of pieces_
 }
 
@@ -22,8 +41,9 @@ BlockRunner::BlockRunner(const LlamaConfig& c, Backend& backend, const Weight& r
     : backend_(backend), seq_len_(seq_len) {
   const int64_t sequences = chunk / seq_len;
   assert(sequences >= 1);
-  const auto shape = [](Weight& w, const char* name, int64_t n, int64_t k) {
-    w = make_weight_f32(name, n, k, std::vector<float>(n * k));
+  const auto shape = [&](Weight& w, const char* name, int64_t n, int64_t k) {
+    std::vector<float> zero(n * k);
+    w = n == 1 ? make_weight_f32(name, n, k, std::move(zero)) : make_matrix(backend, name, n, k, std::move(zero));
   };
   shape(block_.attn_norm, "attn_norm", 1, c.dim);
   shape(block_.qkv, "qkv", c.qkv_dim(), c.dim);
@@ -89,7 +109,8 @@ size_t BlockRunner::bytes() const { return kv_.bytes() + arena_bytes_ + scratch_
 
 void BlockRunner::load(Weight& w, std::vector<float> values) {
   const RowRoles roles = w.roles;
-  w = make_weight_f32(w.name, w.view.n, w.view.k, std::move(values));
+  w = w.view.n == 1 ? make_weight_f32(w.name, 1, w.view.k, std::move(values))
+                    : make_matrix(backend_, w.name, w.view.n, w.view.k, std::move(values));
   w.roles = roles;
   backend_.load(w);
 }

@@ -387,6 +387,7 @@ int quantize(const Cli& cli) {
     writer.checkpoint(to_json(b));
     report.blocks.push_back(b);
   };
+  sink.stage = [&](const std::string& stage, double seconds) { report.stages.emplace_back(stage, seconds); };
   sink.progress = [&](int64_t done, int64_t) {
     stop_if_requested();
     bar.update(done);
@@ -415,6 +416,9 @@ int quantize(const Cli& cli) {
     f.write(to_json(report));
     f.commit();
   }
+  std::string stages;
+  for (const auto& [name, seconds] : report.stages) stages += strprintf("%s%s %.1f", stages.empty() ? "" : " | ", name.c_str(), seconds);
+  log_info("seconds: %s", stages.c_str());
   log_info("%s: %s, %.3f bits a weight in the blocks, %s, peak memory %s", target.c_str(),
            bytes_text(double(report.size_bytes)).c_str(), report.bits_per_weight,
            duration_text(std::chrono::duration<double>(Clock::now() - start).count()).c_str(),

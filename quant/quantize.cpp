@@ -20,10 +20,17 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-constexpr int64_t kChunk = 4096;  // tokens of a forward step, whole sequences
+// Tokens of a forward step: enough to fill the device. On the CPU that does not depend on the model.
+constexpr int64_t kChunk = 4096;
+constexpr int64_t kMostChunk = 32768;
+constexpr int64_t kChunkValues = int64_t(1) << 26;  // of the widest activation
+
+int64_t chunk_tokens(const LlamaConfig& c, bool gpu, int64_t samples, int64_t seq_len) {
+  const int64_t tokens = gpu ? std::clamp(kChunkValues / (2 * c.hidden), kChunk, kMostChunk) : kChunk;
+  return std::clamp<int64_t>(tokens / seq_len, 1, samples) * seq_len;  // whole sequences
+}
 
 bool writes_residual(Unit u) { return u == Unit::kO || u == Unit::kDown; }
-
 
 // Walks one model; see quantize_blocks.
 class BlockWalk {
@@ -37,7 +44,7 @@ class BlockWalk {
     samples_ = calibration->samples;
     seq_len_ = calibration->seq_len;
     tokens_ = samples_ * seq_len_;
-    chunk_ = std::clamp<int64_t>(kChunk / seq_len_, 1, samples_) * seq_len_;
+    chunk_ = chunk_tokens(c_, backend.name() == "cuda", samples_, seq_len_);
     rope_ = make_weight_f32("rope", seq_len_, c_.head_dim, rope_table(c_, seq_len_));
     backend.load(rope_);
     quant_ = std::make_unique<BlockRunner>(c_, backend, rope_, seq_len_, chunk_);
@@ -54,6 +61,12 @@ class BlockWalk {
     }
   }
 
+  // Seconds so far. The GPU works behind the host: its forwards and sums end where factoring begins.
+  struct Stages {
+    double load = 0, sums = 0, factor = 0, solve = 0, store = 0;
+  };
+  const Stages& stages() const { return stages_; }
+
   void block(int64_t index) {
     const auto start = Clock::now();
     BlockReport report;
@@ -64,12 +77,15 @@ class BlockWalk {
       if (full_) full_->set(w);
       quant_->set(w);
     }
+    stages_.load += since(start);
     const bool kept = sink_.kept && sink_.kept(index, Unit::kQkv).has_value();
     walk_unit(index, Unit::kQkv, w, kept, report);
     walk_unit(index, Unit::kO, w, kept, report);
     walk_unit(index, Unit::kGateUp, w, kept, report);
     walk_unit(index, Unit::kDown, w, kept, report);
+    const auto last = Clock::now();
     if (calibration_) report.output_error = advance();
+    stages_.sums += since(last);
     report.seconds = since(start);
     if (!kept) sink_.block_done(index, w, report);
   }
@@ -148,7 +164,14 @@ class BlockWalk {
     if (calibration_) {
       solver_->begin(n, k, samples_, o_.corrects(), writes_residual(u));
       gather(u, true);
+      solver_->wait();
     }
+    auto lap = [last = start](double& stage) mutable {
+      const auto now = Clock::now();
+      stage += std::chrono::duration<double>(now - last).count();
+      last = now;
+    };
+    lap(stages_.sums);
     const std::vector<float>& source = unit_weights(w, u);
     LinearReport info;
     info.k = k;
@@ -160,6 +183,7 @@ class BlockWalk {
       rows.resize(n);
     } else {
       if (calibration_) info.damp = solver_->factor(o_.damp, o_.act_order);
+      lap(stages_.factor);
       const Format4 format = o_.format_of(name);
       SolveOptions solve_options = o_.solve;
       solve_options.grid = format.grid;
@@ -173,9 +197,11 @@ class BlockWalk {
         SeedResult r = seed_solve(source.data(), n, f, format.grid, format.group, team_);
         result.values = std::move(r.values);
         rows = std::move(r.rows);
+        lap(stages_.solve);
       } else {
         QuantizedLinear q = calibration_ ? solver_->solve(source.data(), solve_options)
                                          : solve({source.data(), nullptr, nullptr, n, k}, no_statistics(k), solve_options, team_);
+        lap(stages_.solve);
         if (!q.fallback.empty()) log_warn("%s: %s", name.c_str(), q.fallback.c_str());
         result.values.resize(n * k);
         team_([&](Part part) {
@@ -201,6 +227,7 @@ class BlockWalk {
     }
     sink_.unit(index, u, result);
     if (calibration_) write_back(u, std::move(result.values));
+    lap(stages_.store);
     if (sink_.progress) sink_.progress(index * 4 + int64_t(u) + 1, c_.layers * 4);
   }
 
@@ -266,6 +293,7 @@ class BlockWalk {
   Buffer x_, x_full_;                          // (T, D) residual streams
   Buffer hold_;                                // (T, H hd) or (T, F) inputs of o or down
   Buffer in_, in_full_;                        // (chunk, widest) inputs of a linear
+  Stages stages_;
 };
 
 }  // namespace
@@ -327,6 +355,13 @@ void quantize_blocks(LlamaModel& m, Backend& backend, const QuantizedFrame& fram
   assert(calibration || options.solve.rtn);
   BlockWalk walk(m, backend, frame, calibration, options, sink);
   for (int64_t l = 0; l < m.config.layers; ++l) walk.block(l);
+  if (!sink.stage) return;
+  const auto& t = walk.stages();
+  sink.stage("blocks: load", t.load);
+  sink.stage("blocks: forward, sums", t.sums);
+  sink.stage("blocks: factor", t.factor);
+  sink.stage("blocks: solve", t.solve);
+  sink.stage("blocks: report, store", t.store);
 }
 
 QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64_t samples, int64_t seq_len) {

@@ -78,6 +78,7 @@ struct QuantizeSink {
   // Norm gains (1 after folding) and the end of a block; not called for kept blocks.
   std::function<void(int64_t block, const BlockWeights& norms, const BlockReport&)> block_done;
   std::function<void(int64_t done, int64_t total)> progress;  // units
+  std::function<void(const std::string& stage, double seconds)> stage;  // where the time went, at the end; optional
 };
 
 // The tables of the model as they go into the file; config.rotated says whether the rotation has to be stored.

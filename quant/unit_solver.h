@@ -22,6 +22,7 @@ class UnitSolver {
   // Backend memory: x, x_full (T, K) inputs of the quantised and of the full-precision model's linear; r, r_full
   // (T, N) their residual streams. Only x is read unless begin() asked for the others.
   virtual void add(const float* x, const float* x_full, const float* r, const float* r_full, int64_t tokens) = 0;
+  virtual void wait() = 0;  // until what was added has been summed
   // Ends the sums; returns the damping used. Where nothing could be factored, solve() will round to nearest.
   virtual double factor(double damp, bool act_order) = 0;
   virtual QuantizedLinear solve(const float* w, const SolveOptions&) = 0;  // w (N, K) in host memory

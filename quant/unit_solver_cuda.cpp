@@ -50,6 +50,10 @@ class CudaUnitSolver final : public UnitSolver {
     });
   }
 
+  void wait() override {
+    guarded("statistics", [&] { synchronize(); });
+  }
+
   double factor(double damp, bool act_order) override {
     return guarded("factor", [&] {
       f_ = {};
