@@ -118,15 +118,28 @@ Calibration calibration_self_written(LlamaModel& model, Backend& backend, int64_
       step[r] = {int(r), bos >= 0 ? bos : int32_t(random * model.tokenizer->vocab_size())};
       session.truncate(int(r), 0);
     }
-    for (int64_t t = 0; t < seq_len; ++t) {
+    const auto keep = [&](int64_t t) {
       for (int64_t r = 0; r < rows; ++r) c.tokens[(first + r) * seq_len + t] = step[r].second;
       progress(done += rows, samples * seq_len);
-      if (t + 1 == seq_len) break;
+    };
+    keep(0);
+    if (backend.name() == "cuda") {  // drawn on the device: only tokens come back
+      std::vector<Session::Next> next;
+      for (int64_t r = 0; r < rows; ++r) next.push_back({int(r), step[r].second, &samplers[r]});
+      session.decode(next, seq_len - 1, [&](int64_t t, std::span<const int32_t> drawn) {
+        for (int64_t r = 0; r < rows; ++r) step[r].second = drawn[r];
+        keep(t + 1);
+        return true;
+      });
+      continue;
+    }
+    for (int64_t t = 1; t < seq_len; ++t) {
       const std::span<const float> logits = session.step(step);
       backend.pool().run([&](Part part) {
         const auto [begin, end] = part.of(rows);
         for (int64_t r = begin; r < end; ++r) step[r].second = samplers[r].sample(logits.subspan(r * vocab, vocab));
       });
+      keep(t);
     }
   }
   seal(c);
