@@ -11,20 +11,28 @@ namespace q4s {
 
 const char* reason_text(StopReason reason) {
   switch (reason) {
-    case StopReason::kEos: return "eos";
-    case StopReason::kStop: return "stop";
-    case StopReason::kLength: return "length";
-    case StopReason::kContext: return "context";
-    case StopReason::kInterrupted: return "interrupted";
+    case StopReason::kEos:
+      return "eos";
+    case StopReason::kStop:
+      return "stop";
+    case StopReason::kLength:
+      return "length";
+    case StopReason::kContext:
+      return "context";
+    case StopReason::kInterrupted:
+      return "interrupted";
   }
   return "";
 }
 
-Generated generate(Session& session, const Tokenizer& tokenizer, Sampler& sampler, std::span<const int32_t> prompt,
-                   const GenerateOptions& options, const std::function<void(int32_t, std::string_view)>& on_text,
+Generated generate(Session& session, const Tokenizer& tokenizer, Sampler& sampler,
+                   std::span<const int32_t> prompt, const GenerateOptions& options,
+                   const std::function<void(int32_t, std::string_view)>& on_text,
                    const std::function<bool()>& stop) {
   using Clock = std::chrono::steady_clock;
-  const auto since = [](Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); };
+  const auto since = [](Clock::time_point t) {
+    return std::chrono::duration<double>(Clock::now() - t).count();
+  };
   TokenDecoder decoder(tokenizer, true);
   Utf8Stream utf8;
   StopStrings stops(options.stop);

@@ -1,5 +1,5 @@
-// Writes text: from prompt ids through the sampler to valid UTF-8, one token at a time, until something ends it.
-// The loop that llama-run shows; knows neither streams nor options.
+// Writes text: from prompt ids through the sampler to valid UTF-8, one token at a time, until something ends
+// it. The loop that llama-run shows; knows neither streams nor options.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -31,12 +31,13 @@ struct Generated {
   double prompt_seconds = 0, eval_seconds = 0;
 };
 
-// Feeds `prompt` (at least one id) behind what the session's sequence 0 holds and goes on from there. The sampler
-// must have accepted everything before and in the prompt. on_text(token, text) for each token: the text it completes,
-// perhaps empty, valid UTF-8; the last call may carry what was held back, with token -1. stop() is asked before each
-// step. Throws as Session::feed.
-Generated generate(Session& session, const Tokenizer& tokenizer, Sampler& sampler, std::span<const int32_t> prompt,
-                   const GenerateOptions& options, const std::function<void(int32_t, std::string_view)>& on_text,
+// Feeds `prompt` (at least one id) behind what the session's sequence 0 holds and goes on from there. The
+// sampler must have accepted everything before and in the prompt. on_text(token, text) for each token: the
+// text it completes, perhaps empty, valid UTF-8; the last call may carry what was held back, with token -1.
+// stop() is asked before each step. Throws as Session::feed.
+Generated generate(Session& session, const Tokenizer& tokenizer, Sampler& sampler,
+                   std::span<const int32_t> prompt, const GenerateOptions& options,
+                   const std::function<void(int32_t, std::string_view)>& on_text,
                    const std::function<bool()>& stop);
 
 }  // namespace q4s

@@ -1,5 +1,5 @@
-// llama-bench: speed of prompts and of decoding, beside the read speed of the same machine in the same run. Takes a
-// file or random weights of a known shape. Computes nothing itself.
+// llama-bench: speed of prompts and of decoding, beside the read speed of the same machine in the same run.
+// Takes a file or random weights of a known shape. Computes nothing itself.
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -44,7 +44,10 @@ std::vector<int32_t> random_ids(int64_t n, int64_t vocab) {
 class Bench {
  public:
   Bench(LlamaModel& model, Backend& backend, Session& session)
-      : model_(model), backend_(backend), session_(session), ids_(random_ids(session.ctx(), model.config.vocab)) {}
+      : model_(model),
+        backend_(backend),
+        session_(session),
+        ids_(random_ids(session.ctx(), model.config.vocab)) {}
 
   Measured measure(const Test& t, int64_t repeat) {
     for (int s = 0; s < int(t.batch); ++s) {
@@ -65,7 +68,8 @@ class Bench {
     for (double rate : rates) m.sd += (rate - m.rate) * (rate - m.rate);
     m.sd = rates.size() > 1 ? std::sqrt(m.sd / double(rates.size() - 1)) : 0;
     if (t.gen) {
-      const KvCache one{nullptr, default_kv(model_, backend_), model_.config.layers, 1, 1, model_.config.kv_dim()};
+      const KvCache one{nullptr, default_kv(model_, backend_), model_.config.layers, 1,
+                        1,       model_.config.kv_dim()};
       m.bytes = double(model_.weights.read_bytes_per_token()) +
                 double(t.batch) * double(one.bytes()) * (double(t.depth) + double(t.gen + 1) / 2);
     }
@@ -102,7 +106,8 @@ std::string base_name(std::string path) {
 int run(int argc, char** argv) {
   Cli cli("llama-bench", "MODEL | --shape NAME [OPTIONS]", "Speed of prompts (pp) and of decoding (tg).");
   cli.positional("MODEL", ".q4s or GGUF file, or Hugging Face folder", false);
-  cli.text("shape", "NAME", "", "random weights: llama-2-7b, llama-3-8b, llama-2-13b, llama-2-70b, tinyllama");
+  cli.text("shape", "NAME", "",
+           "random weights: llama-2-7b, llama-3-8b, llama-2-13b, llama-2-70b, tinyllama");
   cli.choice("weights", {"q4", "f16"}, "of a shape: int4 with an 8-bit head and embedding, or all f16");
   cli.integer("group", 128, 1, 1 << 20, "of a shape: columns that share a scale");
   cli.text("p,n-prompt", "LIST", "512", "prompt lengths; 0: none");
@@ -114,7 +119,8 @@ int run(int argc, char** argv) {
   cli.text("device", "auto|cpu|cuda|cuda:N", "auto", "where to run; auto takes a GPU where one is usable");
   cli.flag("json", "one JSON document on stdout");
   if (!cli.parse(argc, argv)) return 0;
-  if (cli.given("shape") == cli.given("MODEL")) throw Error(ErrorKind::kUsage, "give either a MODEL or a --shape");
+  if (cli.given("shape") == cli.given("MODEL"))
+    throw Error(ErrorKind::kUsage, "give either a MODEL or a --shape");
 
   std::vector<Test> tests;
   int64_t ctx = 0, sequences = 1;
@@ -143,7 +149,8 @@ int run(int argc, char** argv) {
     model = open_llama(cli.get("MODEL"));
   }
   model.config.context = std::max(model.config.context, ctx);  // speed does not ask what lengths were trained
-  const std::string name = cli.given("shape") ? cli.get("shape") + " " + cli.get("weights") : base_name(model.path);
+  const std::string name =
+      cli.given("shape") ? cli.get("shape") + " " + cli.get("weights") : base_name(model.path);
 
   Json rows = Json::array();
   if (!cli.on("json"))
@@ -152,7 +159,10 @@ int run(int argc, char** argv) {
     std::string note;
     const std::unique_ptr<Backend> backend = make_backend(cli.get("device"), int(threads), &note);
     if (!note.empty()) log_info("%s", note.c_str());
-    SessionOptions options{.ctx = ctx, .sequences = int(sequences), .kv = default_kv(model, *backend)};
+    SessionOptions options{.ctx = ctx,
+                           .sequences = int(sequences),
+                           .kv = default_kv(model, *backend),
+                           .progress = bytes_bar("loading")};
     Session session(model, *backend, options);
     const double read_gb = backend->read_bandwidth() / 1e9;
     log_info("%s, read speed %.1f GB/s", backend->describe().c_str(), read_gb);
@@ -162,20 +172,31 @@ int run(int argc, char** argv) {
       const double gb = m.bytes * m.rate / double(t.batch) / 1e9;
       if (cli.on("json")) {
         const bool reads = m.bytes > 0;
-        rows.push_back({{"schema", 1}, {"model", name}, {"size_bytes", model.weight_bytes()}, {"backend", backend->name()},
-                        {"device", backend->describe()}, {"threads", backend->pool().threads()}, {"test", t.name()},
-                        {"n_prompt", t.prompt}, {"n_gen", t.gen}, {"depth", t.depth}, {"batch", t.batch},
-                        {"tok_per_s", m.rate}, {"tok_per_s_sd", m.sd},
-                        {"gb_per_s", reads ? Json(gb) : Json()}, {"read_gb_per_s", read_gb},
+        rows.push_back({{"schema", 1},
+                        {"model", name},
+                        {"size_bytes", model.weight_bytes()},
+                        {"backend", backend->name()},
+                        {"device", backend->describe()},
+                        {"threads", backend->pool().threads()},
+                        {"test", t.name()},
+                        {"n_prompt", t.prompt},
+                        {"n_gen", t.gen},
+                        {"depth", t.depth},
+                        {"batch", t.batch},
+                        {"tok_per_s", m.rate},
+                        {"tok_per_s_sd", m.sd},
+                        {"gb_per_s", reads ? Json(gb) : Json()},
+                        {"read_gb_per_s", read_gb},
                         {"share", reads ? Json(gb / read_gb) : Json()}});
         continue;
       }
-      const std::string where =
-          backend->name() == "cpu" ? strprintf("cpu, %d threads", backend->pool().threads()) : backend->name();
+      const std::string where = backend->name() == "cpu"
+                                    ? strprintf("cpu, %d threads", backend->pool().threads())
+                                    : backend->name();
       const std::string speed = m.bytes > 0 ? strprintf("%.1f | %.1f", gb, 100 * gb / read_gb) : "- | -";
       out(strprintf("| %s | %s | %s | %s | %.2f ± %.2f | %s |\n", name.c_str(),
-                    bytes_text(double(model.weight_bytes())).c_str(), where.c_str(), t.name().c_str(), m.rate, m.sd,
-                    speed.c_str()));
+                    bytes_text(double(model.weight_bytes())).c_str(), where.c_str(), t.name().c_str(), m.rate,
+                    m.sd, speed.c_str()));
       out_flush();
     }
   }

@@ -1,5 +1,5 @@
-// llama-run: writes text with a .q4s file or an unquantised model, from a raw prompt or in a chat. Computes nothing
-// itself: options, prompts, output.
+// llama-run: writes text with a .q4s file or an unquantised model, from a raw prompt or in a chat. Computes
+// nothing itself: options, prompts, output.
 #include <unistd.h>
 
 #include <chrono>
@@ -30,11 +30,13 @@ double seconds_since(Clock::time_point t) { return std::chrono::duration<double>
 void declare(Cli& cli) {
   cli.positional("MODEL", ".q4s or GGUF file, or Hugging Face folder");
   cli.text("p,prompt", "TEXT", "", "prompt as it is: no template, special tokens in it are parsed");
-  cli.text("f,file", "FILE", "", "prompt from a file, as plain text; without -p and -f it is read from stdin");
+  cli.text("f,file", "FILE", "",
+           "prompt from a file, as plain text; without -p and -f it is read from stdin");
   cli.flag("chat", "talk: the model's chat template, with history; answers once with -p or -f");
   cli.text("system", "TEXT", "", "system message of the chat");
   cli.integer("n,predict", -1, -1, INT32_MAX, "tokens to write; -1: until the end token or a full context");
-  cli.integer("c,ctx-size", 4096, 0, INT32_MAX, "context, by default no more than the model's; 0: the model's");
+  cli.integer("c,ctx-size", 4096, 0, INT32_MAX,
+              "context, by default no more than the model's; 0: the model's");
   cli.integer("s,seed", -1, -1, INT64_MAX, "seed of the sampler; -1: random");
   cli.real("temp", 0.8, 0, 100, "temperature; 0: greedy");
   cli.integer("top-k", 40, 0, INT32_MAX, "only the k likeliest tokens; 0: all");
@@ -78,17 +80,23 @@ std::string ids_text(std::span<const int32_t> ids) {
 class Writer {
  public:
   Writer(const Cli& cli, LlamaModel& model, Backend& backend, Session& session, double load_seconds)
-      : cli_(cli), tokenizer_(*model.tokenizer), backend_(backend), session_(session), load_seconds_(load_seconds),
-        options_{cli.get_integer("predict"), cli.get_list("stop")}, sampling_(sampler_options(cli, tokenizer_)),
-        sampler_(sampling_), weight_bytes_(model.weights.read_bytes_per_token()) {
+      : cli_(cli),
+        tokenizer_(*model.tokenizer),
+        backend_(backend),
+        session_(session),
+        load_seconds_(load_seconds),
+        options_{cli.get_integer("predict"), cli.get_list("stop")},
+        sampling_(sampler_options(cli, tokenizer_)),
+        sampler_(sampling_),
+        weight_bytes_(model.weights.read_bytes_per_token()) {
     log_info("seed %llu, context %lld", (unsigned long long)sampling_.seed, (long long)session.ctx());
   }
 
   // Brings the session to `ids` and writes on from there. What it holds already of them is kept.
   Generated write(const std::vector<int32_t>& ids) {
     if (int64_t(ids.size()) > session_.ctx())
-      throw Error(ErrorKind::kUsage, strprintf("the prompt has %zu tokens, the context holds %lld", ids.size(),
-                                               (long long)session_.ctx()));
+      throw Error(ErrorKind::kUsage, strprintf("the prompt has %zu tokens, the context holds %lld",
+                                               ids.size(), (long long)session_.ctx()));
     // The last id is always fed anew: its logits are needed.
     size_t same = 0;
     while (same + 1 < ids.size() && same < held_.size() && held_[same] == ids[same]) ++same;
@@ -99,7 +107,8 @@ class Writer {
     const Graceful graceful;
     Generated g = generate(
         session_, tokenizer_, sampler_, std::span(ids).subspan(same), options_,
-        [&](int32_t token, std::string_view text) { show(token, text); }, [] { return stop_requested() != 0; });
+        [&](int32_t token, std::string_view text) { show(token, text); },
+        [] { return stop_requested() != 0; });
     held_ = ids;
     held_.insert(held_.end(), g.tokens.begin(), g.tokens.end());
     held_.resize(size_t(session_.length()));  // the last token written was not fed
@@ -164,9 +173,11 @@ class Writer {
              duration_text(g.prompt_seconds).c_str(), 1e3 * g.prompt_seconds / double(g.prompt_tokens),
              double(g.prompt_tokens) / g.prompt_seconds);
     if (g.steps)
-      log_info("eval    %lld tokens, %s, %.2f ms/token, %.1f tokens/s, %.1f GB/s = %.0f %% of the read speed (%.1f)",
-               (long long)g.steps, duration_text(g.eval_seconds).c_str(), 1e3 / rate, rate, gb, 100 * gb / read_gb,
-               read_gb);
+      log_info(
+          "eval    %lld tokens, %s, %.2f ms/token, %.1f tokens/s, %.1f GB/s = %.0f %% of the read speed "
+          "(%.1f)",
+          (long long)g.steps, duration_text(g.eval_seconds).c_str(), 1e3 / rate, rate, gb, 100 * gb / read_gb,
+          read_gb);
     log_info("ended   %s", reason_text(g.reason));
     load_seconds_ = 0;
   }
@@ -222,7 +233,8 @@ int run(int argc, char** argv) {
   declare(cli);
   if (!cli.parse(argc, argv)) return 0;
   const bool chatting = cli.on("chat");
-  if (cli.given("prompt") && cli.given("file")) throw Error(ErrorKind::kUsage, "-p and -f exclude each other");
+  if (cli.given("prompt") && cli.given("file"))
+    throw Error(ErrorKind::kUsage, "-p and -f exclude each other");
   if (cli.given("system") && !chatting) throw Error(ErrorKind::kUsage, "--system needs --chat");
   StopStrings(cli.get_list("stop"));  // refuses an empty one before any work
 
@@ -250,7 +262,8 @@ int run(int argc, char** argv) {
   if (!chatting) {
     ids = tokenizer.encode_prompt(text, from_prompt);
     if (ids.empty() && tokenizer.bos_id() >= 0) ids = {tokenizer.bos_id()};
-    if (ids.empty()) throw Error(ErrorKind::kUsage, "the prompt is empty and the model has no BOS token to begin with");
+    if (ids.empty())
+      throw Error(ErrorKind::kUsage, "the prompt is empty and the model has no BOS token to begin with");
   }
 
   SessionOptions options;
@@ -258,15 +271,20 @@ int run(int argc, char** argv) {
   if (options.ctx == 0) options.ctx = model.config.context;
   if (!cli.given("ctx-size")) options.ctx = std::min(options.ctx, model.config.context);
   if (int64_t(ids.size()) > options.ctx)  // before the weights are loaded
-    throw Error(ErrorKind::kUsage,
-                strprintf("the prompt has %zu tokens, the context holds %lld", ids.size(), (long long)options.ctx));
+    throw Error(ErrorKind::kUsage, strprintf("the prompt has %zu tokens, the context holds %lld", ids.size(),
+                                             (long long)options.ctx));
   std::string note;
   const std::unique_ptr<Backend> backend =
       make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
   if (!note.empty()) log_info("%s", note.c_str());
   log_info("%s, %s", model.path.c_str(), backend->describe().c_str());
   options.kv = default_kv(model, *backend);
+  options.progress = bytes_bar("loading");
   Session session(model, *backend, options);
+  const MemoryPlan& memory = session.memory();
+  log_info("memory: weights %s%s, KV cache %s, activations %s",
+           bytes_text(double(model.weight_bytes())).c_str(), memory.weights ? "" : " mapped",
+           bytes_text(double(memory.kv)).c_str(), bytes_text(double(memory.arena + memory.scratch)).c_str());
   Writer writer(cli, model, *backend, session, seconds_since(start));
 
   if (chatting) return chat(cli, *format, writer, one_shot ? &text : nullptr);

@@ -85,7 +85,8 @@ double negative_log_likelihood(std::span<const float> logits, int32_t target) {
   return log_sum_exp(logits) - logits[size_t(target)];
 }
 
-PplText cut_text(std::string_view text, const Tokenizer& tokenizer, int64_t model_context, const PplOptions& options) {
+PplText cut_text(std::string_view text, const Tokenizer& tokenizer, int64_t model_context,
+                 const PplOptions& options) {
   const bool gptq = options.protocol == PplProtocol::kGptq;
   PplText cut{};
   cut.protocol = options.protocol;
@@ -94,7 +95,8 @@ PplText cut_text(std::string_view text, const Tokenizer& tokenizer, int64_t mode
     throw Error(ErrorKind::kUsage, strprintf("windows of %lld tokens: the model's context is %lld",
                                              (long long)cut.ctx, (long long)model_context));
   if (cut.scored_per_window() < 1)
-    throw Error(ErrorKind::kUsage, strprintf("windows of %lld tokens leave nothing to score", (long long)cut.ctx));
+    throw Error(ErrorKind::kUsage,
+                strprintf("windows of %lld tokens leave nothing to score", (long long)cut.ctx));
   cut.tokens = tokenizer.encode_prompt(text, false);
   const int64_t whole = int64_t(cut.tokens.size()) / cut.ctx;
   if (whole < 1)

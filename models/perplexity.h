@@ -2,11 +2,12 @@
 //
 //   gptq      windows of 2048 tokens that do not overlap; every target but the window's first token is scored
 //             (evaluation of the GPTQ paper, Frantar et al. 2022)
-//   llamacpp  windows of 512; the first token of each replaced by BOS where the model adds BOS; only positions
+//   llamacpp  windows of 512; the first token of each replaced by BOS where the model adds BOS; only
+//   positions
 //             n_ctx/2 .. n_ctx-2 predict a scored target (llama.cpp's tool)
 //
-// In both the whole text is tokenised once, with one leading BOS where the model adds BOS; special tokens spelled in
-// the text are text. What is left over after the last whole window is not scored.
+// In both the whole text is tokenised once, with one leading BOS where the model adds BOS; special tokens
+// spelled in the text are text. What is left over after the last whole window is not scored.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -35,13 +36,16 @@ struct PplText {
   std::string bos;              // policy in a word: "none", "text" (once, in front), "window"
   uint64_t hash;                // XXH3-64 of the text's bytes
 
-  int64_t first_scored() const { return protocol == PplProtocol::kGptq ? 0 : ctx / 2; }  // position that predicts
+  int64_t first_scored() const {
+    return protocol == PplProtocol::kGptq ? 0 : ctx / 2;
+  }  // position that predicts
   int64_t scored_per_window() const { return ctx - 1 - first_scored(); }
 };
 
 // Throws Error(kUsage) for a window beyond the model's context or too short to score, Error(kInput) with both
 // counts where the text does not fill one window.
-PplText cut_text(std::string_view text, const Tokenizer& tokenizer, int64_t model_context, const PplOptions& options);
+PplText cut_text(std::string_view text, const Tokenizer& tokenizer, int64_t model_context,
+                 const PplOptions& options);
 
 struct PplResult {
   double ppl = 0, ppl_stderr = 0;  // stderr: standard error of the mean negative log-likelihood, times ppl
@@ -51,9 +55,10 @@ struct PplResult {
   double top1 = 0;  // share of positions where both models prefer the same token
 };
 
-// Runs the windows through the session (and the reference, which may be null and must share the vocabulary); both
-// need ctx() >= text.ctx - 1. Logits never leave memory: a few hundred positions at a time are compared, spread over
-// `pool`, with the same result for every thread count. on_window(windows done, perplexity so far).
+// Runs the windows through the session (and the reference, which may be null and must share the vocabulary);
+// both need ctx() >= text.ctx - 1. Logits never leave memory: a few hundred positions at a time are compared,
+// spread over `pool`, with the same result for every thread count. on_window(windows done, perplexity so
+// far).
 PplResult perplexity(const PplText& text, Session& session, Session* reference, ThreadPool& pool,
                      const std::function<void(int64_t, double)>& on_window);
 

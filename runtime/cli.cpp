@@ -35,7 +35,8 @@ double to_real(const std::string& option, const std::string& text, double low, d
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size() || !(value >= low && value <= high))
-    usage(strprintf("--%s: expected a number from %g to %g, got \"%s\"", option.c_str(), low, high, text.c_str()));
+    usage(strprintf("--%s: expected a number from %g to %g, got \"%s\"", option.c_str(), low, high,
+                    text.c_str()));
   return value;
 }
 
@@ -52,7 +53,8 @@ void on_signal(int signal) {
 void install_signals() {
   // A closed standard stream must not hand its number to the next file opened.
   for (int fd = 0; fd < 3; ++fd)
-    if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_RDONLY : fd == 1 ? O_RDONLY : O_WRONLY) != fd) _exit(1);
+    if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_RDONLY : fd == 1 ? O_RDONLY : O_WRONLY) != fd)
+      _exit(1);
   struct sigaction action {};
   action.sa_handler = on_signal;  // no SA_RESTART: a read of a prompt returns
   sigaction(SIGINT, &action, nullptr);
@@ -119,7 +121,8 @@ void Cli::choice(const std::string& names, const std::vector<std::string>& value
   for (size_t i = 1; i < values.size(); ++i) all += "|" + values[i];
   add(names, all, option, help);
 }
-void Cli::integer(const std::string& names, int64_t fallback, int64_t low, int64_t high, const std::string& help) {
+void Cli::integer(const std::string& names, int64_t fallback, int64_t low, int64_t high,
+                  const std::string& help) {
   Option option;
   option.kind = Option::kInteger;
   option.low = low;
@@ -208,7 +211,8 @@ int64_t Cli::get_integer(const std::string& name) const { return find(name).inte
 double Cli::get_real(const std::string& name) const { return find(name).real; }
 const std::vector<std::string>& Cli::get_list(const std::string& name) const { return find(name).values; }
 
-std::vector<int64_t> integer_list(const std::string& option, const std::string& text, int64_t low, int64_t high) {
+std::vector<int64_t> integer_list(const std::string& option, const std::string& text, int64_t low,
+                                  int64_t high) {
   std::vector<int64_t> values;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());

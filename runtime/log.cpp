@@ -97,12 +97,12 @@ void log_init(const std::string& tool, LogLevel level) {
 
 LogLevel log_level() { return console().level; }
 
-#define Q4S_LOG(name, severity)               \
-  void name(const char* format, ...) {        \
-    va_list args;                             \
-    va_start(args, format);                   \
+#define Q4S_LOG(name, severity)                 \
+  void name(const char* format, ...) {          \
+    va_list args;                               \
+    va_start(args, format);                     \
     log(spdlog::level::severity, format, args); \
-    va_end(args);                             \
+    va_end(args);                               \
   }
 Q4S_LOG(log_debug, debug)
 Q4S_LOG(log_info, info)

@@ -10,8 +10,8 @@ namespace q4s {
 
 enum class LogLevel { kQuiet, kNormal, kVerbose };  // kQuiet: warnings and errors only
 
-// The tool's name opens warnings and errors. Without a call: normal, no name. Colours only on a terminal and not
-// under NO_COLOR.
+// The tool's name opens warnings and errors. Without a call: normal, no name. Colours only on a terminal and
+// not under NO_COLOR.
 void log_init(const std::string& tool, LogLevel level);
 LogLevel log_level();
 
@@ -22,7 +22,8 @@ LogLevel log_level();
 
 // stderr is a terminal that understands more than plain lines: not NO_COLOR, not TERM=dumb, not quiet.
 bool log_to_terminal();
-// Shows `line` below the messages and replaces it at the next call; empty removes it. Only if log_to_terminal().
+// Shows `line` below the messages and replaces it at the next call; empty removes it. Only if
+// log_to_terminal().
 void log_status(const std::string& line);
 
 // Text from outside made safe to print: control characters but tab and newline as \xNN.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "runtime/log.h"
 
@@ -16,8 +17,8 @@ void Progress::update(int64_t done, const std::string& note) {
   const auto now = Clock::now();
   const double seconds = std::chrono::duration<double>(now - start_).count();
   const double fraction = std::clamp(double(done) / double(total_), 0.0, 1.0);
-  std::string text = strprintf("%lld/%lld %s, %.0f %%", (long long)done, (long long)total_, unit_.c_str(),
-                               100 * fraction);
+  std::string text =
+      strprintf("%lld/%lld %s, %.0f %%", (long long)done, (long long)total_, unit_.c_str(), 100 * fraction);
   if (done > skipped_ && done < total_)
     text += ", ETA " + duration_text(seconds * double(total_ - done) / double(done - skipped_));
   if (!note.empty()) text += ", " + note;
@@ -32,6 +33,15 @@ void Progress::update(int64_t done, const std::string& note) {
     tenth_ = tenth;
     log_info("%s %s", label_.c_str(), text.c_str());
   }
+}
+
+std::function<void(size_t, size_t)> bytes_bar(const std::string& label) {
+  if (!log_to_terminal()) return nullptr;
+  return [label, bar = std::shared_ptr<Progress>()](size_t done, size_t total) mutable {
+    if (!bar) bar = std::make_shared<Progress>(label, int64_t(total / 1000000), "MB");
+    bar->update(int64_t(done / 1000000));
+    if (done >= total) bar.reset();
+  };
 }
 
 std::string duration_text(double s) {

@@ -1,8 +1,11 @@
-// Progress of long work on stderr: a bar with ETA on a terminal, otherwise a plain line at each tenth. Silent with
+// Progress of long work on stderr: a bar with ETA on a terminal, otherwise a plain line at each tenth. Silent
+// with
 // --quiet. Knows nothing of what is being done.
 #pragma once
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 namespace q4s {
@@ -15,7 +18,8 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  // done of total; work done before this run (a resumed job) belongs into `skip`, so that the ETA leaves it out.
+  // done of total; work done before this run (a resumed job) belongs into `skip`, so that the ETA leaves it
+  // out.
   void update(int64_t done, const std::string& note = "");
   void skip(int64_t done) { skipped_ = done; }
 
@@ -25,6 +29,10 @@ class Progress {
   int64_t total_, skipped_ = 0, tenth_ = 0;
   Clock::time_point start_ = Clock::now(), drawn_{};
 };
+
+// For work that reports bytes done of all: a bar in MB, made at the first report and removed at the last.
+// Null where stderr is no terminal: plain lines would say little.
+std::function<void(size_t, size_t)> bytes_bar(const std::string& label);
 
 // "850 ms", "12.3 s", "1m20s", "2h05m"
 std::string duration_text(double seconds);

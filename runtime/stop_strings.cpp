@@ -18,7 +18,8 @@ std::string StopStrings::push(std::string_view text) {
   size_t pass = 0, stop_end = std::string::npos;
   for (const std::string& s : strings_) {
     const size_t at = held_.find(s);
-    if (at == std::string::npos || at + s.size() > stop_end || (at + s.size() == stop_end && at > pass)) continue;
+    if (at == std::string::npos || at + s.size() > stop_end || (at + s.size() == stop_end && at > pass))
+      continue;
     hit_ = true;
     pass = at;
     stop_end = at + s.size();

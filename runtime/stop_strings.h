@@ -1,5 +1,5 @@
-// Ends a streamed text before the stop string that is complete first, however the text arrives in pieces. Knows
-// nothing of tokens.
+// Ends a streamed text before the stop string that is complete first, however the text arrives in pieces.
+// Knows nothing of tokens.
 #pragma once
 #include <string>
 #include <string_view>

@@ -67,7 +67,8 @@ TEST_CASE("stories260K: greedy text equals the golden one") {
   Session session(model, *backend, {.kv = default_kv(model, *backend)});
   for (const auto& golden : json_of(folder + "/golden_greedy.json")["cases"]) {
     const std::string prompt = golden["prompt"];
-    const std::vector<int32_t> ids = model.tokenizer->encode_prompt(prompt, true), expected = golden["greedy_ids"];
+    const std::vector<int32_t> ids = model.tokenizer->encode_prompt(prompt, true),
+                               expected = golden["greedy_ids"];
     CHECK(ids == golden["prompt_ids"].get<std::vector<int32_t>>());
     SamplerOptions greedy;
     greedy.temperature = 0;

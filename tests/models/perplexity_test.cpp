@@ -23,7 +23,8 @@ LlamaModel small_model(uint64_t seed, int64_t vocab, int64_t context = 48) {
 
 std::string some_text() {
   std::string text;
-  for (int i = 0; i < 60; ++i) text += "hello " + std::to_string(i * i % 91) + (i % 7 ? " w\xC3\xA9" : "<s>\n");
+  for (int i = 0; i < 60; ++i)
+    text += "hello " + std::to_string(i * i % 91) + (i % 7 ? " w\xC3\xA9" : "<s>\n");
   return text;
 }
 
@@ -41,7 +42,8 @@ struct Slow {
 };
 
 // Windows from `ids`, BOS put first where bos >= 0, positions [first, ctx-2] scored; two models.
-Slow slow(std::vector<int32_t> ids, int64_t ctx, int64_t chunks, int32_t bos, int64_t first, Session& a, Session& b) {
+Slow slow(std::vector<int32_t> ids, int64_t ctx, int64_t chunks, int32_t bos, int64_t first, Session& a,
+          Session& b) {
   Slow s;
   int64_t n = 0;
   for (int64_t w = 0; w < chunks; ++w) {
@@ -56,7 +58,8 @@ Slow slow(std::vector<int32_t> ids, int64_t ctx, int64_t chunks, int32_t bos, in
       double kl = 0;
       for (size_t v = 0; v < p.size(); ++v) kl += std::exp(p[v]) * (p[v] - q[v]);
       s.kl += kl, s.kl_max = std::max(s.kl_max, kl);
-      s.top1 += std::max_element(p.begin(), p.end()) - p.begin() == std::max_element(q.begin(), q.end()) - q.begin();
+      s.top1 += std::max_element(p.begin(), p.end()) - p.begin() ==
+                std::max_element(q.begin(), q.end()) - q.begin();
       ++n;
     }
   }
@@ -77,7 +80,8 @@ TEST_CASE("both protocols give what their definitions say, with and without BOS,
     if (bos) ids.insert(ids.begin(), 0);
     for (const PplProtocol protocol : {PplProtocol::kGptq, PplProtocol::kLlamaCpp}) {
       const bool gptq = protocol == PplProtocol::kGptq;
-      const PplText cut = cut_text(text, *tokenizer, 48, {.protocol = protocol, .ctx = gptq ? 0 : 15, .chunks = 3});
+      const PplText cut =
+          cut_text(text, *tokenizer, 48, {.protocol = protocol, .ctx = gptq ? 0 : 15, .chunks = 3});
       CHECK(cut.tokens == ids);
       CHECK(cut.ctx == (gptq ? 48 : 15));  // the model's context, smaller than the protocol's
       CHECK(cut.chunks == 3);
@@ -86,7 +90,8 @@ TEST_CASE("both protocols give what their definitions say, with and without BOS,
       PplResult before;
       for (const int threads : {1, 2, 3}) {
         const auto backend = make_cpu_backend(threads);
-        Session a(m, *backend, {.ctx = 47, .chunk = 9, .kv = KvType::kF32}), b(ref, *backend, {.kv = KvType::kF32});
+        Session a(m, *backend, {.ctx = 47, .chunk = 9, .kv = KvType::kF32}),
+            b(ref, *backend, {.kv = KvType::kF32});
         int64_t windows = 0;
         double last = 0;
         const PplResult r = perplexity(cut, a, &b, backend->pool(), [&](int64_t w, double ppl) {
@@ -139,7 +144,8 @@ TEST_CASE("negative log-likelihood of plain cases") {
 
 TEST_CASE("windows that cannot be are refused with the numbers") {
   const auto tokenizer = Tokenizer::from_gguf(test::tiny_bpe({"<s>"}));
-  const auto refused = [&](std::string_view text, PplOptions options, ErrorKind kind, const std::string& words) {
+  const auto refused = [&](std::string_view text, PplOptions options, ErrorKind kind,
+                           const std::string& words) {
     try {
       cut_text(text, *tokenizer, 48, options);
       FAIL("accepted");

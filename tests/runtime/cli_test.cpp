@@ -1,4 +1,5 @@
-// Options of the tools as values; their behaviour as processes (streams, signals, exit codes) is tests/tools'.
+// Options of the tools as values; their behaviour as processes (streams, signals, exit codes) is
+// tests/tools'.
 #include "runtime/cli.h"
 
 #include <doctest/doctest.h>
@@ -51,7 +52,8 @@ TEST_CASE("defaults and given values") {
   CHECK_FALSE(none.cli.on("json"));
   CHECK(none.cli.get("device") == "auto");
 
-  Parsed all({"-c", "12", "x,y", "--temp=0", "--stop", "a,b", "--stop", "\n\n", "--json", "--protocol", "llamacpp", "t"});
+  Parsed all({"-c", "12", "x,y", "--temp=0", "--stop", "a,b", "--stop", "\n\n", "--json", "--protocol",
+              "llamacpp", "t"});
   CHECK(all.cli.get("FILE") == "x,y");  // commas split nothing
   CHECK(all.cli.get("TEXT") == "t");
   CHECK(all.cli.get_integer("ctx-size") == 12);
@@ -80,7 +82,8 @@ TEST_CASE("what is out of range or unknown is a usage error that names the optio
 TEST_CASE("integer lists") {
   CHECK(integer_list("p", "1,8,32", 0, 100) == std::vector<int64_t>{1, 8, 32});
   CHECK(integer_list("p", "7", 0, 100) == std::vector<int64_t>{7});
-  for (const char* bad : {"", "1,", ",1", "1,,2", "101", "-1", "a"}) CHECK_THROWS_AS(integer_list("p", bad, 0, 100), Error);
+  for (const char* bad : {"", "1,", ",1", "1,,2", "101", "-1", "a"})
+    CHECK_THROWS_AS(integer_list("p", bad, 0, 100), Error);
 }
 
 TEST_CASE("texts for people") {

@@ -14,11 +14,11 @@ namespace {
 // All tools that open a model say the same about a bad one.
 void refused(const std::string& path, const std::string& words) {
   CAPTURE(path);
-  for (const std::vector<std::string>& command : std::vector<std::vector<std::string>>{
-           {tool("llama-run"), path, "-p", "x"},
-           {tool("llama-ppl"), path, "/dev/null"},
-           {tool("llama-bench"), path},
-           {tool("llama-quant"), path, path + ".out.q4s"}}) {
+  for (const std::vector<std::string>& command :
+       std::vector<std::vector<std::string>>{{tool("llama-run"), path, "-p", "x"},
+                                             {tool("llama-ppl"), path, "/dev/null"},
+                                             {tool("llama-bench"), path},
+                                             {tool("llama-quant"), path, path + ".out.q4s"}}) {
     const Finished f = run(command);
     CAPTURE(command[0]);
     CAPTURE(f.err);
@@ -99,7 +99,8 @@ TEST_CASE("folders: shards missing, pickle only, other architectures, all mismat
   write_file(folder + "/model.safetensors.index.json",
              R"({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})");
   refused(folder, "model-00001-of-00002.safetensors");
-  write_file(folder + "/model.safetensors.index.json", R"({"weight_map": {"model.norm.weight": "../x.safetensors"}})");
+  write_file(folder + "/model.safetensors.index.json",
+             R"({"weight_map": {"model.norm.weight": "../x.safetensors"}})");
   refused(folder, "../x.safetensors");
 
   TinyModel other;
@@ -124,10 +125,21 @@ TEST_CASE("values out of range and contradictions are usage errors") {
   const std::string path = dir / "tiny.gguf";
   TinyModel().write_gguf(path);
   write_file(dir / "t.txt", "hello");
-  for (const std::vector<std::string>& more : std::vector<std::vector<std::string>>{
-           {"-c", "-5"}, {"--temp", "nan"}, {"-t", "1e9"}, {"-t", "100000"}, {"--top-p", "2"}, {"--min-p", "-1"},
-           {"--top-k", "x"}, {"-n", "-2"}, {"--repeat-last-n", "-2"}, {"--stop", ""}, {"-c", "65"},
-           {"--device", "tpu"}, {"--device", "cuda:x"}, {"-f", dir / "t.txt"}, {"another"}}) {
+  for (const std::vector<std::string>& more : std::vector<std::vector<std::string>>{{"-c", "-5"},
+                                                                                    {"--temp", "nan"},
+                                                                                    {"-t", "1e9"},
+                                                                                    {"-t", "100000"},
+                                                                                    {"--top-p", "2"},
+                                                                                    {"--min-p", "-1"},
+                                                                                    {"--top-k", "x"},
+                                                                                    {"-n", "-2"},
+                                                                                    {"--repeat-last-n", "-2"},
+                                                                                    {"--stop", ""},
+                                                                                    {"-c", "65"},
+                                                                                    {"--device", "tpu"},
+                                                                                    {"--device", "cuda:x"},
+                                                                                    {"-f", dir / "t.txt"},
+                                                                                    {"another"}}) {
     std::vector<std::string> command = {tool("llama-run"), path, "-p", "x"};
     command.insert(command.end(), more.begin(), more.end());
     const Finished f = run(command);
@@ -142,9 +154,13 @@ TEST_CASE("values out of range and contradictions are usage errors") {
   CHECK(contains(beyond.err, "64"));
   const Finished window = run({tool("llama-ppl"), path, dir / "t.txt", "-c", "65"});
   CHECK(window.code == 2);
-  for (const std::vector<std::string>& more : std::vector<std::vector<std::string>>{
-           {}, {path, "--shape", "tinyllama"}, {"--shape", "nonsense"}, {path, "-p", "0", "-n", "0"},
-           {path, "-p", "1,,2"}, {path, "-r", "0"}}) {
+  for (const std::vector<std::string>& more :
+       std::vector<std::vector<std::string>>{{},
+                                             {path, "--shape", "tinyllama"},
+                                             {"--shape", "nonsense"},
+                                             {path, "-p", "0", "-n", "0"},
+                                             {path, "-p", "1,,2"},
+                                             {path, "-r", "0"}}) {
     std::vector<std::string> command = {tool("llama-bench")};
     command.insert(command.end(), more.begin(), more.end());
     CHECK(run(command).code == 2);
@@ -169,8 +185,9 @@ TEST_CASE("memory that is not there") {
   TinyModel tiny;
   tiny.context = 1 << 24;
   tiny.write_gguf(dir / "long.gguf");
-  const Finished f = run({"/bin/sh", "-c", "ulimit -v 2000000; exec '" + tool("llama-run") + "' '" +
-                                               (dir / "long.gguf") + "' -p x -n 1 -c 16000000"});
+  const Finished f = run({"/bin/sh", "-c",
+                          "ulimit -v 2000000; exec '" + tool("llama-run") + "' '" + (dir / "long.gguf") +
+                              "' -p x -n 1 -c 16000000"});
   CAPTURE(f.err);
   CHECK(f.code == 4);
 }

@@ -56,8 +56,8 @@ TEST_CASE("quantise, show, verify, run, measure; the same bytes twice and with a
   CHECK(run({tool("llama-quant"), "--verify", out}).code == 0);
 
   const auto text = [&](const char* threads) {
-    const Finished f = run({tool("llama-run"), out, "-p", "hello", "-n", "30", "-s", "1", "-q", "-t", threads,
-                            "--ignore-eos"});
+    const Finished f = run(
+        {tool("llama-run"), out, "-p", "hello", "-n", "30", "-s", "1", "-q", "-t", threads, "--ignore-eos"});
     CHECK(f.code == 0);
     return f.out;
   };
@@ -75,11 +75,13 @@ TEST_CASE("stories260K: GPTQ beats rounding, and the packed file writes its stor
   const std::string model = shared_data("stories260K"), text = shared_data("text/tinystories.txt");
   if (model.empty() || text.empty()) return;
   TempFolder dir;
-  REQUIRE(run({tool("llama-quant"), model, dir / "gptq.q4s", "--samples", "64", "--seq-len", "128", "-q"}).code == 0);
+  REQUIRE(
+      run({tool("llama-quant"), model, dir / "gptq.q4s", "--samples", "64", "--seq-len", "128", "-q"}).code ==
+      0);
   REQUIRE(run({tool("llama-quant"), model, dir / "rtn.q4s", "--rtn", "-q"}).code == 0);
   const auto measure = [&](const std::string& file) {
-    const Finished f = run({tool("llama-ppl"), file, text, "--protocol", "llamacpp", "-c", "128", "--chunks", "100",
-                            "--json", "--kl-ref", model});
+    const Finished f = run({tool("llama-ppl"), file, text, "--protocol", "llamacpp", "-c", "128", "--chunks",
+                            "100", "--json", "--kl-ref", model});
     REQUIRE(f.code == 0);
     return json::parse(f.out);
   };
@@ -87,8 +89,8 @@ TEST_CASE("stories260K: GPTQ beats rounding, and the packed file writes its stor
   MESSAGE("KL: GPTQ " << gptq["kl_mean"] << ", rounding " << rtn["kl_mean"] << "; PPL " << gptq["ppl"] << ", "
                       << rtn["ppl"] << ", source " << gptq["ref_ppl"]);
   CHECK(gptq["kl_mean"].get<double>() < rtn["kl_mean"].get<double>());
-  const Finished story = run({tool("llama-run"), dir / "gptq.q4s", "-p", "Once upon a time", "-n", "40", "-q", "--temp",
-                              "0"});
+  const Finished story =
+      run({tool("llama-run"), dir / "gptq.q4s", "-p", "Once upon a time", "-n", "40", "-q", "--temp", "0"});
   CHECK(story.code == 0);
   CHECK(contains(story.out, "Once upon a time, there was a little girl named"));
 }
@@ -125,7 +127,8 @@ TEST_CASE("Ctrl-C while quantising: 130 and a state to go on from") {
   const std::string model = deep_model(dir), out = dir / "out.q4s";
   bool sent = false;
   const Finished f = run(quantise(model, out), {.watch = [&](pid_t pid, const std::string&) {
-                           if (!sent && std::filesystem::exists(out + ".partial.journal")) sent = kill(pid, SIGINT) == 0;
+                           if (!sent && std::filesystem::exists(out + ".partial.journal"))
+                             sent = kill(pid, SIGINT) == 0;
                          }});
   CAPTURE(f.err);
   CHECK(f.code == 130);
@@ -171,7 +174,8 @@ TEST_CASE("a .q4s file spoiled: cut, a bit flipped, a header that lies") {
     CHECK(f.code == 3);
     CHECK(contains(f.err, "bad.q4s"));
   }
-  for (const size_t at : {size_t(0), size_t(5), size_t(9), size_t(20), size_t(28), size_t(35), good.size() - 1}) {
+  for (const size_t at :
+       {size_t(0), size_t(5), size_t(9), size_t(20), size_t(28), size_t(35), good.size() - 1}) {
     std::string text = good;
     text[at] ^= 0x10;
     write_file(bad, text);
@@ -199,8 +203,13 @@ TEST_CASE("what cannot be quantised is refused before any work") {
   const Finished few = run(quantise(dir / "good.gguf", dir / "out.q4s", {"--calib", dir / "few.txt"}));
   CHECK(few.code == 3);
   CHECK_FALSE(std::filesystem::exists(dir / "out.q4s"));
-  for (const std::vector<std::string>& more : std::vector<std::vector<std::string>>{
-           {"--group", "48"}, {"--grid", "asym"}, {"--samples", "-1"}, {"--damp", "nan"}, {"--only", "("},
-           {"--tensor", "x"}, {"--tensor", "x=g5"}, {"another"}})
+  for (const std::vector<std::string>& more : std::vector<std::vector<std::string>>{{"--group", "48"},
+                                                                                    {"--grid", "asym"},
+                                                                                    {"--samples", "-1"},
+                                                                                    {"--damp", "nan"},
+                                                                                    {"--only", "("},
+                                                                                    {"--tensor", "x"},
+                                                                                    {"--tensor", "x=g5"},
+                                                                                    {"another"}})
     CHECK(run(quantise(dir / "good.gguf", dir / "out.q4s", more)).code == 2);
 }

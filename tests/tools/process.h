@@ -19,8 +19,8 @@ struct Finished {
 };
 
 struct Launch {
-  std::string input = {};        // stdin
-  std::string stdout_to = {};    // a path instead of a pipe
+  std::string input = {};      // stdin
+  std::string stdout_to = {};  // a path instead of a pipe
   bool close_stdout = false;
   std::vector<std::string> env = {};  // "NAME=value"
   // Called now and then with what came on stdout so far.
@@ -36,7 +36,8 @@ inline Finished run(const std::vector<std::string>& command, const Launch& launc
   if (pid == 0) {
     dup2(in[0], 0), dup2(out[1], 1), dup2(err[1], 2);
     for (int* p : {in, out, err}) close(p[0]), close(p[1]);
-    if (!launch.stdout_to.empty()) dup2(open(launch.stdout_to.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644), 1);
+    if (!launch.stdout_to.empty())
+      dup2(open(launch.stdout_to.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644), 1);
     if (launch.close_stdout) close(1);
     for (const std::string& e : launch.env) putenv(const_cast<char*>(e.c_str()));
     std::vector<char*> argv;
@@ -78,6 +79,8 @@ inline Finished run(const std::vector<std::string>& command, const Launch& launc
   return f;
 }
 
-inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+inline bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 }  // namespace q4s::test

@@ -69,7 +69,8 @@ TEST_CASE("--version and --help: on stdout, code 0, every option with its defaul
 
 TEST_CASE("llama-run: text on stdout, the rest on stderr, silent with -q") {
   const auto& m = models();
-  const Finished plain = run({tool("llama-run"), m.gguf, "-p", "hello", "-n", "8", "--temp", "0", "--ignore-eos"});
+  const Finished plain =
+      run({tool("llama-run"), m.gguf, "-p", "hello", "-n", "8", "--temp", "0", "--ignore-eos"});
   CHECK(plain.code == 0);
   CHECK(plain.out.substr(0, 5) == "hello");
   CHECK(plain.out.back() == '\n');
@@ -81,8 +82,8 @@ TEST_CASE("llama-run: text on stdout, the rest on stderr, silent with -q") {
   CHECK(quiet.code == 0);
   CHECK(quiet.err == "");
   CHECK(quiet.out == plain.out);  // the same model in the other rope order
-  const Finished bare = run({tool("llama-run"), m.gguf, "-p", "hello", "-n", "8", "--temp", "0", "--ignore-eos",
-                             "--no-display-prompt", "-q"});
+  const Finished bare = run({tool("llama-run"), m.gguf, "-p", "hello", "-n", "8", "--temp", "0",
+                             "--ignore-eos", "--no-display-prompt", "-q"});
   CHECK("hello" + bare.out == plain.out);
 }
 
@@ -119,8 +120,8 @@ TEST_CASE("llama-run: -p parses special tokens, a file and stdin do not; empty p
 
 TEST_CASE("llama-run: bytes that are no UTF-8, and NUL, pass as text") {
   const auto& m = models();
-  const Finished f =
-      run({tool("llama-run"), m.gguf, "-n", "20", "-s", "3", "-q"}, {.input = std::string("a\0b\xff\xfe\xc3", 6)});
+  const Finished f = run({tool("llama-run"), m.gguf, "-n", "20", "-s", "3", "-q"},
+                         {.input = std::string("a\0b\xff\xfe\xc3", 6)});
   CHECK(f.code == 0);
   CHECK(f.out.substr(0, 3) == std::string("a\0b", 3));
   CHECK(json(f.out).dump().size() > 6);  // dump() throws on invalid UTF-8
@@ -135,7 +136,8 @@ TEST_CASE("llama-run --json: one object a token, then one with the reason") {
     std::vector<json> objects;
     for (const std::string& line : lines_of(f.out)) objects.push_back(json::parse(line));
     REQUIRE(!objects.empty());
-    for (size_t i = 0; i + 1 < objects.size(); ++i) CHECK(keys(objects[i]) == std::set<std::string>{"token", "text"});
+    for (size_t i = 0; i + 1 < objects.size(); ++i)
+      CHECK(keys(objects[i]) == std::set<std::string>{"token", "text"});
     const json last = objects.back();
     CHECK(keys(last) ==
           std::set<std::string>{"done", "schema", "reason", "prompt_tokens", "tokens", "seed", "timings"});
@@ -153,18 +155,20 @@ TEST_CASE("llama-run --json: one object a token, then one with the reason") {
   CHECK(context["tokens"] == 19);  // the last one is written, not fed
   CHECK(last_of({"-p", "hello", "-n", "0"})["tokens"] == 0);
   // The text of a run without stop strings contains this one; with it, the text ends before.
-  const std::string whole =
-      run({tool("llama-run"), m.gguf, "-p", "x", "-q", "--ignore-eos", "-s", "5", "-n", "40", "--no-display-prompt"}).out;
+  const std::string whole = run({tool("llama-run"), m.gguf, "-p", "x", "-q", "--ignore-eos", "-s", "5", "-n",
+                                 "40", "--no-display-prompt"})
+                                .out;
   const std::string stop = whole.substr(whole.size() / 2, 1);
-  const Finished stopped = run({tool("llama-run"), m.gguf, "-p", "x", "-q", "--ignore-eos", "-s", "5", "-n", "40",
-                                "--no-display-prompt", "--stop", "never to be seen", "--stop", stop});
+  const Finished stopped = run({tool("llama-run"), m.gguf, "-p", "x", "-q", "--ignore-eos", "-s", "5", "-n",
+                                "40", "--no-display-prompt", "--stop", "never to be seen", "--stop", stop});
   CHECK(stopped.out == whole.substr(0, whole.find(stop)) + "\n");
 }
 
 TEST_CASE("llama-run: the same seed gives the same text with 1, 2 and 3 threads; another seed does not") {
   const auto& m = models();
   const auto text = [&](const char* seed, const char* threads) {
-    return run({tool("llama-run"), m.gguf, "-p", "hello", "-n", "40", "--ignore-eos", "-q", "-s", seed, "-t", threads})
+    return run({tool("llama-run"), m.gguf, "-p", "hello", "-n", "40", "--ignore-eos", "-q", "-s", seed, "-t",
+                threads})
         .out;
   };
   const std::string first = text("7", "1");
@@ -178,7 +182,8 @@ TEST_CASE("llama-run --chat: template, history, one answer with -p") {
   tiny.context = 512;
   const std::string path = models().folder / "chat.gguf";
   tiny.write_gguf(path);
-  const std::vector<std::string> common = {tool("llama-run"), path, "--chat", "--temp", "0", "-n", "5", "--tokens"};
+  const std::vector<std::string> common = {tool("llama-run"), path, "--chat", "--temp", "0", "-n", "5",
+                                           "--tokens"};
   auto with = [&](std::vector<std::string> more) {
     more.insert(more.begin(), common.begin(), common.end());
     return more;
@@ -236,8 +241,8 @@ TEST_CASE("a failing stdout is an error, a reader that left is not worth a word"
     CHECK(closed.code == 1);
     CHECK(contains(closed.err, "cannot write to standard output"));
   }
-  const Finished left = run({"/bin/sh", "-c", "'" + tool("llama-run") + "' '" + m.gguf +
-                                                  "' -p hello --ignore-eos -q | head -c 1"});
+  const Finished left = run(
+      {"/bin/sh", "-c", "'" + tool("llama-run") + "' '" + m.gguf + "' -p hello --ignore-eos -q | head -c 1"});
   CHECK(left.code == 0);
   CHECK(left.out == "h");
   CHECK(left.err == "");
@@ -254,7 +259,8 @@ TEST_CASE("llama-ppl: running output, final estimate, JSON keys, too little text
   CHECK(contains(lines[0], ",[3]"));
   CHECK(contains(lines[1], "Final estimate: PPL = "));
   CHECK(contains(lines[1], " +/- "));
-  for (const char* part : {"protocol gptq", "n_ctx 32", "3 chunks", "BOS text", "xxh3"}) CHECK(contains(lines[2], part));
+  for (const char* part : {"protocol gptq", "n_ctx 32", "3 chunks", "BOS text", "xxh3"})
+    CHECK(contains(lines[2], part));
 
   const std::set<std::string> base = {"schema", "ppl",    "ppl_stderr", "protocol",  "n_ctx",
                                       "chunks", "tokens", "bos",        "text_xxh3", "seconds"};
@@ -279,7 +285,8 @@ TEST_CASE("llama-ppl: running output, final estimate, JSON keys, too little text
 
 TEST_CASE("llama-bench: table and JSON") {
   const auto& m = models();
-  const Finished table = run({tool("llama-bench"), m.gguf, "-p", "8", "-n", "4", "-d", "0,16", "-r", "2", "-t", "1,2"});
+  const Finished table =
+      run({tool("llama-bench"), m.gguf, "-p", "8", "-n", "4", "-d", "0,16", "-r", "2", "-t", "1,2"});
   CHECK(table.code == 0);
   const auto lines = lines_of(table.out);
   REQUIRE(lines.size() == 2 + 2 * 4);
@@ -291,9 +298,9 @@ TEST_CASE("llama-bench: table and JSON") {
   const json list = json::parse(j.out);
   REQUIRE(list.size() == 2);
   for (const json& row : list) {
-    CHECK(keys(row) == std::set<std::string>{"schema", "model", "size_bytes", "backend", "device", "threads", "test",
-                                             "n_prompt", "n_gen", "depth", "batch", "tok_per_s", "tok_per_s_sd",
-                                             "gb_per_s", "read_gb_per_s", "share"});
+    CHECK(keys(row) == std::set<std::string>{"schema", "model", "size_bytes", "backend", "device", "threads",
+                                             "test", "n_prompt", "n_gen", "depth", "batch", "tok_per_s",
+                                             "tok_per_s_sd", "gb_per_s", "read_gb_per_s", "share"});
     CHECK(row["batch"] == 2);
     CHECK(row["tok_per_s"] > 0);
   }

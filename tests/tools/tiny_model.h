@@ -1,5 +1,5 @@
-// A complete model of a few hundred kB with random weights, as a GGUF file and as a Hugging Face folder, for tests
-// that must not depend on data beside the repository.
+// A complete model of a few hundred kB with random weights, as a GGUF file and as a Hugging Face folder, for
+// tests that must not depend on data beside the repository.
 #pragma once
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -54,14 +54,16 @@ struct TinyModel {
     return v;
   }
 
-  // GGUF has the two halves of a rotary head interleaved; a checkpoint of Hugging Face has them one after the other.
+  // GGUF has the two halves of a rotary head interleaved; a checkpoint of Hugging Face has them one after the
+  // other.
   std::vector<float> hf_order(const Tensor& t, const std::vector<float>& gguf) const {
     const size_t d = size_t(dim), half = size_t(dim / heads / 2);
     if (!t.gguf.ends_with("attn_q.weight") && !t.gguf.ends_with("attn_k.weight")) return gguf;
     std::vector<float> out(gguf.size());
     for (size_t row = 0; row < t.shape[0]; ++row) {
       const size_t head = row / (2 * half), j = row / 2 % half, side = row % 2;
-      std::copy_n(gguf.begin() + long(row * d), d, out.begin() + long((head * 2 * half + side * half + j) * d));
+      std::copy_n(gguf.begin() + long(row * d), d,
+                  out.begin() + long((head * 2 * half + side * half + j) * d));
     }
     return out;
   }
@@ -107,31 +109,43 @@ struct TinyModel {
   void write_folder(const std::string& folder) const {
     using nlohmann::json;
     std::filesystem::create_directory(folder);
-    const json config = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_size", dim},
-                         {"intermediate_size", hidden}, {"num_hidden_layers", layers},
-                         {"num_attention_heads", heads}, {"num_key_value_heads", kv_heads},
-                         {"max_position_embeddings", context}, {"vocab_size", vocab.tokens.size()},
-                         {"rms_norm_eps", 1e-5}, {"tie_word_embeddings", true}, {"bos_token_id", 0},
-                         {"eos_token_id", 1}, {"hidden_act", "silu"}};
+    const json config = {{"architectures", {"LlamaForCausalLM"}},
+                         {"model_type", "llama"},
+                         {"hidden_size", dim},
+                         {"intermediate_size", hidden},
+                         {"num_hidden_layers", layers},
+                         {"num_attention_heads", heads},
+                         {"num_key_value_heads", kv_heads},
+                         {"max_position_embeddings", context},
+                         {"vocab_size", vocab.tokens.size()},
+                         {"rms_norm_eps", 1e-5},
+                         {"tie_word_embeddings", true},
+                         {"bos_token_id", 0},
+                         {"eos_token_id", 1},
+                         {"hidden_act", "silu"}};
     write_file(folder + "/config.json", config.dump());
     json header = json::object();
     std::string data;
     const std::vector<Tensor> all = tensors();
     for (size_t i = 0; i < all.size(); ++i) {
       const std::string bytes = raw(hf_order(all[i], values(all[i], i)));
-      header[all[i].hf] = {{"dtype", "F32"}, {"shape", all[i].shape},
+      header[all[i].hf] = {{"dtype", "F32"},
+                           {"shape", all[i].shape},
                            {"data_offsets", {data.size(), data.size() + bytes.size()}}};
       data += bytes;
     }
     write_file(folder + "/model.safetensors", safetensors_bytes(header.dump(), data));
-    json tokenizer = {{"model", {{"type", "BPE"}, {"vocab", json::object()}, {"merges", vocab.merges}}},
-                      {"added_tokens", json::array()},
-                      {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", true}}},
-                      {"decoder", {{"type", "ByteLevel"}}},
-                      {"normalizer", nullptr}};
+    json tokenizer = {
+        {"model", {{"type", "BPE"}, {"vocab", json::object()}, {"merges", vocab.merges}}},
+        {"added_tokens", json::array()},
+        {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", true}}},
+        {"decoder", {{"type", "ByteLevel"}}},
+        {"normalizer", nullptr}};
     for (size_t id = 0; id < vocab.tokens.size(); ++id) {
-      if (vocab.types[id] == 1) tokenizer["model"]["vocab"][vocab.tokens[id]] = id;
-      else tokenizer["added_tokens"].push_back({{"id", id}, {"content", vocab.tokens[id]}, {"special", true}});
+      if (vocab.types[id] == 1)
+        tokenizer["model"]["vocab"][vocab.tokens[id]] = id;
+      else
+        tokenizer["added_tokens"].push_back({{"id", id}, {"content", vocab.tokens[id]}, {"special", true}});
     }
     write_file(folder + "/tokenizer.json", tokenizer.dump());
     write_file(folder + "/tokenizer_config.json",
