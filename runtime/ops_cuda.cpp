@@ -3,6 +3,7 @@
 #include <cassert>
 
 #include "kernels/attention_decode.h"
+#include "kernels/attention_prefill.h"
 #include "kernels/embed.h"
 #include "kernels/linear_q4_gemm.h"
 #include "kernels/rms_norm.h"
@@ -84,12 +85,20 @@ bool many(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
   return packed_for(w, epilogue) && w.view.format == Format::kQ4 && !few(w, epilogue, rows);
 }
 
-// Whether a step of so many rows stores t as fp16, (rows, cols) in the first half of its memory: what the one
-// product that reads it wants. Between gate|up and down.
-bool stored_half(const Tensor& t, int64_t rows) {
-  return t.op == Op::kLinear && t.epilogue == Epilogue::kSwiglu && t.cols % kQ4TileCols == 0 && !t.keep &&
-         t.readers == 1 && t.reader->op == Op::kLinear && !t.reader->gain && t.reader->src[0] == &t &&
-         many(on_device(*t.weight), t.epilogue, rows) &&
+// Whether attention goes by tiles of queries.
+bool tiled_attention(const HeadShape& h, int64_t rows, const KvLayer& kv) {
+  return rows > kLinearDecodeTokens && attention_prefill_supported(kv, h.head_dim);
+}
+
+// Whether this step stores t as fp16, (rows, cols) in the first half of its memory: what the one product that
+// reads it wants. Between gate|up and down, and between attention and o.
+bool stored_half(const Tensor& t, const CudaStep& s) {
+  const int64_t rows = s.counts.of(t.rows);
+  const bool made = t.op == Op::kLinear
+                        ? t.epilogue == Epilogue::kSwiglu && many(on_device(*t.weight), t.epilogue, rows)
+                        : t.op == Op::kAttention && tiled_attention(t.head, rows, s.kv.layer(0));
+  return made && t.cols % kQ4TileCols == 0 && !t.keep && t.readers == 1 && t.reader->op == Op::kLinear &&
+         !t.reader->gain && t.reader->src[0] == &t &&
          many(on_device(*t.reader->weight), t.reader->epilogue, rows);
 }
 
@@ -130,7 +139,7 @@ bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, floa
   assert(config.workspace_bytes <= workspace_bytes(s.multiprocessors));
   const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
   uint16_t* x = reinterpret_cast<uint16_t*>(s.scratch + at.rest);
-  if (stored_half(*t.src[0], rows))
+  if (stored_half(*t.src[0], s))
     x = reinterpret_cast<uint16_t*>(t.src[0]->data);
   else
     q4_gemm_activations_cuda(
@@ -146,7 +155,7 @@ bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, floa
              : epilogue == Epilogue::kSwiglu ? Q4GemmOutput::kSwiglu
                                              : Q4GemmOutput::kRopeKv;
   a.y = y;
-  a.y_half = stored_half(t, rows);
+  a.y_half = stored_half(t, s);
   a.y_pitch = epilogue == Epilogue::kNone ? w.view.n : t.cols;
   a.residual = residual;
   if (epilogue == Epilogue::kRopeKv) {
@@ -194,28 +203,19 @@ void run_rope_kv(Tensor& t, const CudaStep& s) { rope_kv(t, t.src[0]->f32(), *t.
 void run_attention(Tensor& t, const CudaStep& s) {
   const HeadShape& h = t.head;
   const int64_t rows = s.counts.of(t.rows);
-  if (rows <= kLinearDecodeTokens && h.head_dim <= 256)
-    attention_decode_cuda({t.src[0]->f32(),
-                           {t.src[1]->i32(), t.src[2]->i32()},
-                           s.kv.layer(h.layer),
-                           t.f32(),
-                           rows,
-                           h.heads,
-                           h.kv_heads,
-                           h.head_dim,
+  const Placement at{t.src[1]->i32(), t.src[2]->i32()};
+  const KvLayer kv = s.kv.layer(h.layer);
+  if (tiled_attention(h, rows, kv))
+    attention_prefill_cuda(
+        {t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim},
+        s.stream);
+  else if (rows <= kLinearDecodeTokens && h.head_dim <= 256)
+    attention_decode_cuda({t.src[0]->f32(), at, kv, t.f32(), rows, h.heads, h.kv_heads, h.head_dim,
                            s.counts.reach ? s.counts.reach : s.kv.ctx},
                           s.stream, true);
   else
-    attention_reference_cuda({t.src[0]->f32(),
-                              {t.src[1]->i32(), t.src[2]->i32()},
-                              s.kv.layer(t.head.layer),
-                              t.f32(),
-                              s.counts.of(t.rows),
-                              t.head.heads,
-                              t.head.kv_heads,
-                              t.head.head_dim,
-                              nullptr},
-                             s.stream);
+    attention_reference_cuda(
+        {t.src[0]->f32(), at, kv, t.f32(), rows, h.heads, h.kv_heads, h.head_dim, nullptr}, s.stream);
 }
 
 void run_swiglu(Tensor& t, const CudaStep& s) {

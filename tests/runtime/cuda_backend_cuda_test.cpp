@@ -179,8 +179,8 @@ class Bench {
       const Tensor& t = *g_.nodes()[i];
       const size_t bytes = size_t(counts_.of(t.rows) * t.cols * 4);
       std::fill_n(mine.begin() + ptrdiff_t(regions_[i].begin), bytes, 1);
-      // What lies between the two products of an MLP may be kept as fp16.
-      const bool between = t.epilogue == Epilogue::kSwiglu && t.readers > 0;
+      // What only a product reads may be kept as fp16.
+      const bool between = (t.epilogue == Epilogue::kSwiglu || t.op == Op::kAttention) && t.readers > 0;
       if (t.type == Type::kF32 && !between)
         compare(t.name, first, want, regions_[i].begin, bytes / 4, false, bound);
     }
@@ -301,7 +301,8 @@ struct Where {
   Where(int64_t tokens, int64_t sequences, int64_t ctx) {
     for (int64_t t = 0; t < tokens; ++t) {
       sequence.push_back(int32_t(t % sequences));
-      position.push_back(int32_t(ctx - 1 - t / sequences * 3 % ctx));
+      // Gaps where there is room.
+      position.push_back(int32_t(ctx - 1 - t / sequences * (tokens < 100 ? 3 : 1) % ctx));
     }
   }
 };
@@ -376,8 +377,9 @@ TEST_CASE("cuda: rope_kv and attention") {
                                     {32, 8, 128}},
                                    3))
     for (KvType type : {KvType::kF16, KvType::kF32})
-      for (int64_t tokens : some<int64_t>({1, 3, 8, 17, 70}, 3))
-        for (int64_t ctx : some<int64_t>({77, 600}, 1)) {
+      for (int64_t tokens : some<int64_t>({1, 3, 70, 8, 17, 300}, 3))
+        for (auto [ctx, sequences] : some<std::pair<int64_t, int64_t>>({{77, 3}, {600, 3}, {600, 1}}, 1)) {
+          if (tokens > ctx) continue;
           CAPTURE(s.heads);
           CAPTURE(s.kv_heads);
           CAPTURE(s.head_dim);
@@ -391,8 +393,8 @@ TEST_CASE("cuda: rope_kv and attention") {
           Tensor& sequence = g.input("sequence", Rows::kTokens, 1, Type::kI32);
           Tensor& qkv = g.input("qkv", Rows::kTokens, (s.heads + 2 * s.kv_heads) * s.head_dim, Type::kF32);
           g.attention(g.rope_kv(qkv, table, position, sequence, head), position, sequence, head);
-          Bench b(*cuda(), g, {tokens, 1}, {nullptr, type, 2, 3, ctx, s.kv_heads * s.head_dim});
-          const Where where(tokens, 3, ctx);
+          Bench b(*cuda(), g, {tokens, 1}, {nullptr, type, 2, sequences, ctx, s.kv_heads * s.head_dim});
+          const Where where(tokens, sequences, ctx);
           b.input(position, where.position);
           b.input(sequence, where.sequence);
           b.input(qkv, normal(tokens * qkv.cols, 4, 0.7f));
