@@ -3,7 +3,6 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <set>
@@ -11,6 +10,7 @@
 #include "runtime/error.h"
 #include "runtime/tokenizer.h"
 #include "tests/quant/tiny_model.h"
+#include "tests/shared_data.h"
 
 using namespace q4s;
 
@@ -20,16 +20,6 @@ std::string write_file(const std::string& name, const std::string& text) {
   const std::string path = std::filesystem::temp_directory_path() / (std::to_string(getpid()) + name);
   std::ofstream(path) << text;
   return path;
-}
-
-// The stories260K folder of the shared data, or empty with one line said.
-std::string stories() {
-  const char* env = std::getenv("Q4S_DATA");
-  for (const std::string& base : {std::string(env ? env : ""), std::string(Q4S_SOURCE_DIR) + "/../shared/data",
-                                  std::string(Q4S_SOURCE_DIR) + "/../../shared/data"})
-    if (!base.empty() && std::filesystem::exists(base + "/stories260K")) return base;
-  std::puts("SKIPPED: shared data not found (Q4S_DATA)");
-  return "";
 }
 
 }  // namespace
@@ -47,10 +37,9 @@ TEST_CASE("documents: blank lines, else lines, or jsonl") {
 }
 
 TEST_CASE("windows: a seeded choice without repeats; too little text says how much there is") {
-  const std::string data = stories();
-  if (data.empty()) return;
-  const auto tokenizer = Tokenizer::from_folder(data + "/stories260K");
-  const std::string text = data + "/text/tinystories.txt";
+  const std::string folder = test::shared_data("stories260K"), text = test::shared_data("text/tinystories.txt");
+  if (folder.empty() || text.empty()) return;
+  const auto tokenizer = Tokenizer::from_folder(folder);
   const Calibration a = calibration_from_text(*tokenizer, text, 20, 64, 1);
   CHECK(a.tokens.size() == 20 * 64);
   CHECK(calibration_from_text(*tokenizer, text, 20, 64, 1).tokens == a.tokens);
@@ -71,9 +60,9 @@ TEST_CASE("windows: a seeded choice without repeats; too little text says how mu
 }
 
 TEST_CASE("self-written text: from BOS, seeded, the same for every number of threads") {
-  const std::string data = stories();
-  if (data.empty()) return;
-  LlamaModel m = open_llama(data + "/stories260K");
+  const std::string folder = test::shared_data("stories260K");
+  if (folder.empty()) return;
+  LlamaModel m = open_llama(folder);
   const auto write = [&](int threads, uint64_t seed) {
     const auto backend = make_cpu_backend(threads);
     int64_t last = 0;
