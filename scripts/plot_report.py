@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Draws the figures of a quantisation from its JSON.
+
+usage: scripts/plot_report.py REPORT.json OUTDIR [--format png|svg]
+
+REPORT is what `llama-quant --report` wrote: of one run, or of --compare-grids (then every version is drawn).
+Figures: loss by block with one line a projection (absolute and relative), versions compared, the weights'
+histogram with its fitted normal, and where the bits went. Needs matplotlib (Debian: python3-matplotlib).
+"""
+import argparse
+import json
+import math
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+COLOURS = dict(zip(PROJECTIONS, plt.get_cmap("tab10").colors))
+
+
+def series(blocks, projection, key):
+    """Block ids and values of one projection; values that were not measured are left out."""
+    points = [(b["block"], l[key]) for b in blocks for l in b["linears"] if l["name"] == projection]
+    return [p for p in points if isinstance(p[1], (int, float)) and p[1] > 0]
+
+
+def save(figure, folder, name, form):
+    path = os.path.join(folder, f"{name}.{form}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(path)
+
+
+def by_block(blocks, title, folder, name, form):
+    """The seed's figure, absolute on the left, relative beside it."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
+    for axis, key, label in ((axes[0], "loss", "absolute loss ½ tr(ΔW H ΔWᵀ)"),
+                             (axes[1], "relative_loss", "relative loss")):
+        for projection in PROJECTIONS:
+            points = series(blocks, projection, key)
+            if points:
+                axis.plot(*zip(*points), marker=".", label=projection, color=COLOURS[projection])
+        axis.set_yscale("log")
+        axis.set_xlabel("block")
+        axis.set_title(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(ncol=2, fontsize=8)
+    figure.suptitle(title)
+    save(figure, folder, name, form)
+
+
+def versions_figure(versions, folder, form):
+    """Loss of every version by block (summed over projections), and what the output lost."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
+    for v in versions:
+        sums = [(b["block"], sum(l["loss"] for l in b["linears"])) for b in v["blocks"]]
+        axes[0].plot(*zip(*sums), marker=".", label=v["name"])
+    axes[0].set_yscale("log")
+    axes[0].set_xlabel("block")
+    axes[0].set_title("absolute loss of a block")
+    axes[0].legend(fontsize=7)
+    axes[0].grid(alpha=0.3)
+    names = [f'{v["name"]}\nPPL {v["ppl"]:.2f}' for v in versions]
+    axes[1].barh(names, [v["kl_mean"] for v in versions])
+    axes[1].invert_yaxis()
+    axes[1].set_title("mean KL divergence of the output from the source")
+    axes[1].tick_params(labelsize=7)
+    save(figure, folder, "versions", form)
+
+
+def weights_figure(blocks, folder, form):
+    """Histogram of all weights of a projection, in units of each linear's deviation, against the normal."""
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.5))
+    for axis, projection in zip(axes.flat, PROJECTIONS):
+        shapes = [l["weights"] for b in blocks for l in b["linears"] if l["name"] == projection]
+        bins = len(shapes[0]["histogram"])
+        width = 8.0 / bins
+        centres = [-4 + (i + 0.5) * width for i in range(bins)]
+        counts = [sum(s["histogram"][i] for s in shapes) for i in range(bins)]
+        total = sum(counts)
+        axis.bar(centres, [c / total / width for c in counts], width=width, color=COLOURS[projection], alpha=0.6)
+        axis.plot(centres, [math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in centres], "k", lw=1)
+        skew = sum(s["skew"] for s in shapes) / len(shapes)
+        kurtosis = sum(s["kurtosis"] for s in shapes) / len(shapes)
+        axis.set_title(f"{projection}: skew {skew:+.2f}, kurtosis {kurtosis:.1f}", fontsize=9)
+        axis.set_yscale("log")
+        axis.set_ylim(1e-5, 1)
+    axes.flat[-1].axis("off")
+    figure.suptitle("weights in units of their deviation (line: the normal fit)")
+    save(figure, folder, "weights", form)
+
+
+def bits_figure(blocks, folder, form):
+    """Bits a weight of every linear, scales included."""
+    grid = []
+    for projection in PROJECTIONS:
+        row = []
+        for b in blocks:
+            l = next(l for l in b["linears"] if l["name"] == projection)
+            row.append(l["bits"] + (16 * math.ceil(l["k"] / l["group"]) / l["k"] if l["group"] else 0))
+        grid.append(row)
+    figure, axis = plt.subplots(figsize=(10, 2.8))
+    image = axis.imshow(grid, aspect="auto", cmap="viridis")
+    axis.set_yticks(range(len(PROJECTIONS)), PROJECTIONS, fontsize=8)
+    axis.set_xlabel("block")
+    axis.set_title("bits a weight")
+    figure.colorbar(image)
+    save(figure, folder, "bits", form)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report")
+    parser.add_argument("outdir")
+    parser.add_argument("--format", choices=["png", "svg"], default="png")
+    args = parser.parse_args()
+    with open(args.report, encoding="utf-8") as f:
+        report = json.load(f)
+    if report.get("schema") != 1:
+        parser.error(f'{args.report}: schema {report.get("schema")}, expected 1')
+    os.makedirs(args.outdir, exist_ok=True)
+    if "versions" in report:
+        versions_figure(report["versions"], args.outdir, args.format)
+        for i, v in enumerate(report["versions"]):
+            by_block(v["blocks"], v["name"], args.outdir, f"loss_{i}", args.format)
+        weights_figure(report["versions"][0]["blocks"], args.outdir, args.format)
+        return
+    by_block(report["blocks"], os.path.basename(args.report), args.outdir, "loss", args.format)
+    weights_figure(report["blocks"], args.outdir, args.format)
+    bits_figure(report["blocks"], args.outdir, args.format)
+
+
+if __name__ == "__main__":
+    main()
