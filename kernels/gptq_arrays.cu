@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) half_kernel(const float* x, const fl
   for (int64_t t = blockIdx.y; t < tokens; t += gridDim.y) {
     float v = 0;
     if (j < k) v = scale * (minus ? x[t * k + j] - minus[t * k + j] : x[t * k + j]);
-    y[t * ld + j] = __float2half_rn(fminf(fmaxf(v, -kMostHalf), kMostHalf));
+    y[t * ld + j] = __float2half_rn(v != v ? v : fminf(fmaxf(v, -kMostHalf), kMostHalf));  // NaN is to be seen
   }
 }
 
