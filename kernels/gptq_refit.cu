@@ -12,7 +12,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 128;
 constexpr int kSumThreads = 256;
-constexpr size_t kMostShared = 200 * 1024;
+constexpr size_t kMostShared = 150 * 1024;
 
 // A warp a (row, group).
 __global__ void __launch_bounds__(kWarps * 32) group_dots_kernel(const float* a, const float* b, double* out, int64_t n,
