@@ -32,7 +32,9 @@ void one_thread() {
 constexpr int64_t kTileRows = 4, kVectors = 4;  // of C, held in registers
 
 template <class T>
-constexpr int64_t tile_columns() { return kVectors * 64 / int64_t(sizeof(T)); }
+constexpr int64_t tile_columns() {
+  return kVectors * 64 / int64_t(sizeof(T));
+}
 
 // acc (4, columns) = a (4 rows of length k, stride lda) b (k, columns).
 template <class T>
@@ -50,7 +52,8 @@ template <class T>
 Q4S_WIDE void tile(const float* a, const float* b, int64_t k, float* acc) { tile_product(a, b, k, acc); }
 Q4S_WIDE void tile(const double* a, const double* b, int64_t k, double* acc) { tile_product(a, b, k, acc); }
 
-// Tiles of C; rows of A and columns of B are copied together first, ends filled with zeros. Sums over k ascending.
+// Tiles of C; rows of A and columns of B are copied together first, ends filled with zeros. Sums over k
+// ascending.
 template <class T>
 void loops(Transpose ta, Transpose tb, int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t lda,
            const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
@@ -86,8 +89,8 @@ void dense_gemm(Transpose ta, Transpose tb, int64_t m, int64_t n, int64_t k, flo
   if (m == 0 || n == 0) return;
 #ifdef Q4S_BLAS
   one_thread();
-  cblas_sgemm(CblasRowMajor, flag(ta), flag(tb), blasint(m), blasint(n), blasint(k), alpha, a, blasint(lda), b,
-              blasint(ldb), beta, c, blasint(ldc));
+  cblas_sgemm(CblasRowMajor, flag(ta), flag(tb), blasint(m), blasint(n), blasint(k), alpha, a, blasint(lda),
+              b, blasint(ldb), beta, c, blasint(ldc));
 #else
   loops(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #endif
@@ -98,8 +101,8 @@ void dense_gemm(Transpose ta, Transpose tb, int64_t m, int64_t n, int64_t k, dou
   if (m == 0 || n == 0) return;
 #ifdef Q4S_BLAS
   one_thread();
-  cblas_dgemm(CblasRowMajor, flag(ta), flag(tb), blasint(m), blasint(n), blasint(k), alpha, a, blasint(lda), b,
-              blasint(ldb), beta, c, blasint(ldc));
+  cblas_dgemm(CblasRowMajor, flag(ta), flag(tb), blasint(m), blasint(n), blasint(k), alpha, a, blasint(lda),
+              b, blasint(ldb), beta, c, blasint(ldc));
 #else
   loops(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #endif

@@ -45,14 +45,16 @@ double mean_kl(const std::vector<float>& a, const std::vector<float>& b, int64_t
 class Tail {
  public:
   Tail(LlamaModel& m, Backend& b, int64_t first, int64_t tokens, int64_t rows)
-      : graph_({tokens, rows}), y_(&build_llama(graph_, m.config, m.weights, in_, {first, m.config.layers})),
-        arena_bytes_(graph_.plan()), scratch_bytes_(b.scratch_bytes(graph_)) {}
+      : graph_({tokens, rows}),
+        y_(&build_llama(graph_, m.config, m.weights, in_, {first, m.config.layers})),
+        arena_bytes_(graph_.plan()),
+        scratch_bytes_(b.scratch_bytes(graph_)) {}
   size_t arena_bytes() const { return arena_bytes_; }
   size_t scratch_bytes() const { return scratch_bytes_; }
 
   std::vector<float> run(Backend& b, const float* x, const std::vector<int32_t>& position,
-                         const std::vector<int32_t>& sequence, const std::vector<int32_t>& wanted, const KvCache& kv,
-                         std::byte* arena, std::byte* scratch, int64_t seq_len) {
+                         const std::vector<int32_t>& sequence, const std::vector<int32_t>& wanted,
+                         const KvCache& kv, std::byte* arena, std::byte* scratch, int64_t seq_len) {
     graph_.bind(arena);
     in_.x->data = reinterpret_cast<std::byte*>(const_cast<float*>(x));
     b.write(in_.position->data, position.data(), 4 * position.size());
@@ -109,7 +111,8 @@ std::vector<UnitChoices> try_formats(LlamaModel& m, Backend& backend, const Quan
   return all;
 }
 
-void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibration, std::vector<UnitChoices>& choices,
+void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibration,
+                     std::vector<UnitChoices>& choices,
                      const std::function<void(int64_t, int64_t)>& progress) {
   const LlamaConfig& c = m.config;
   const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
@@ -137,7 +140,8 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
     scratch_bytes = std::max(scratch_bytes, tails.back()->scratch_bytes());
   }
   const auto floats = [](size_t bytes) { return int64_t(bytes / sizeof(float)) + 64; };
-  const Buffer arena(backend, floats(arena_bytes), "activations"), scratch(backend, floats(scratch_bytes), "scratch");
+  const Buffer arena(backend, floats(arena_bytes), "activations"),
+      scratch(backend, floats(scratch_bytes), "scratch");
   KvCache kv{nullptr, KvType::kF32, c.layers, sequences, seq_len, c.kv_dim()};
   const Buffer cache(backend, floats(kv.bytes()), "the KV cache");
   kv.base = reinterpret_cast<std::byte*>(cache.get());
@@ -151,10 +155,11 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
   const std::unique_ptr<UnitSolver> solver = make_unit_solver(backend);
 
   const auto logits = [&](int64_t block, const float* stream) {
-    return tails[block]->run(backend, stream, position, sequence, wanted, kv, bytes(arena.get()), bytes(scratch.get()),
-                             seq_len);
+    return tails[block]->run(backend, stream, position, sequence, wanted, kv, bytes(arena.get()),
+                             bytes(scratch.get()), seq_len);
   };
-  // One block on `moved`, which starts as the stream before it; the solver sums the input of unit `u` as it passes by.
+  // One block on `moved`, which starts as the stream before it; the solver sums the input of unit `u` as it
+  // passes by.
   const auto run_block = [&](Unit u) {
     float* s = moved.get();
     backend.write(bytes(s), host.data(), host.size() * sizeof(float));
@@ -211,8 +216,9 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
 void choose_worst(std::vector<UnitChoices>& all, int64_t count) {
   std::vector<UnitChoices*> order;
   for (UnitChoices& c : all) order.push_back(&c);
-  std::stable_sort(order.begin(), order.end(),
-                   [](const UnitChoices* a, const UnitChoices* b) { return a->candidates[0].loss > b->candidates[0].loss; });
+  std::stable_sort(order.begin(), order.end(), [](const UnitChoices* a, const UnitChoices* b) {
+    return a->candidates[0].loss > b->candidates[0].loss;
+  });
   for (int64_t i = 0; i < std::min(count, int64_t(order.size())); ++i) {
     UnitChoices& c = *order[i];
     c.chosen = int(c.candidates.size()) - 1;
@@ -239,7 +245,8 @@ void choose_by_budget(std::vector<UnitChoices>& all, const LlamaConfig& config, 
       int best = at;
       double best_rate = 0.0;
       for (int j = at + 1; j < int(c.candidates.size()); ++j) {
-        const double rate = (c.damage(at) - c.damage(j)) / double(c.candidates[j].bytes - c.candidates[at].bytes);
+        const double rate =
+            (c.damage(at) - c.damage(j)) / double(c.candidates[j].bytes - c.candidates[at].bytes);
         if (rate > best_rate) best = j, best_rate = rate;
       }
       if (best == at) break;
@@ -249,8 +256,9 @@ void choose_by_budget(std::vector<UnitChoices>& all, const LlamaConfig& config, 
   }
   const int64_t budget = int64_t(bits_per_weight / 8 * double(config.linear_weights()));
   if (used > budget) {
-    throw Error(ErrorKind::kUsage, strprintf("--bpw %.3f: the coarsest choice takes %.3f bits a weight", bits_per_weight,
-                                             8.0 * double(used) / double(config.linear_weights())));
+    throw Error(ErrorKind::kUsage,
+                strprintf("--bpw %.3f: the coarsest choice takes %.3f bits a weight", bits_per_weight,
+                          8.0 * double(used) / double(config.linear_weights())));
   }
   std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.rate > b.rate; });
   std::vector<bool> closed(all.size());  // a step was too dear: later ones of the same linear would skip it

@@ -23,8 +23,8 @@ std::vector<float> unpack_rows(const Weight& w, int64_t begin, int64_t end, cons
                          [](float v) { return !(std::fabs(v) <= kLargest); });
   });
   if (bad) {
-    throw Error(ErrorKind::kInput, w.name + ": " + std::to_string(bad.load()) + " of " + std::to_string(out.size()) +
-                                       " weights are not finite or beyond fp16");
+    throw Error(ErrorKind::kInput, w.name + ": " + std::to_string(bad.load()) + " of " +
+                                       std::to_string(out.size()) + " weights are not finite or beyond fp16");
   }
   return out;
 }

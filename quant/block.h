@@ -17,8 +17,8 @@ struct BlockWeights {
   std::vector<float> down;       // (D, F)
 };
 
-// Rows of w as f32. Throws Error(kInput) naming the tensor and the count where values are not finite or so large
-// that their groups' scales would pass fp16.
+// Rows of w as f32. Throws Error(kInput) naming the tensor and the count where values are not finite or so
+// large that their groups' scales would pass fp16.
 std::vector<float> unpack_rows(const Weight& w, int64_t begin, int64_t end, const Team& team);
 std::vector<float> unpack(const Weight& w, const Team& team);
 BlockWeights unpack_block(const LlamaBlock&, const Team& team);

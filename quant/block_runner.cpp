@@ -18,8 +18,8 @@ struct BlockRunner::Piece {
 
 namespace {
 
-// A matrix as the backend multiplies fast: the GPU has no quick product in f32, and fp16 keeps eleven bits of what
-// becomes four (its activations are rounded to as many either way).
+// A matrix as the backend multiplies fast: the GPU has no quick product in f32, and fp16 keeps eleven bits of
+// what becomes four (its activations are rounded to as many either way).
 Weight make_matrix(Backend& b, const std::string& name, int64_t n, int64_t k, std::vector<float> values) {
   if (b.name() != "cuda") return make_weight_f32(name, n, k, std::move(values));
   Weight w;
@@ -35,15 +35,17 @@ Weight make_matrix(Backend& b, const std::string& name, int64_t n, int64_t k, st
 }
 
 enum { kAttnInput, kAttention, kAddAttention, kMlpInput, kMlp, kAddMlp };  // order of pieces_
-}
+}  // namespace
 
-BlockRunner::BlockRunner(const LlamaConfig& c, Backend& backend, const Weight& rope, int64_t seq_len, int64_t chunk)
+BlockRunner::BlockRunner(const LlamaConfig& c, Backend& backend, const Weight& rope, int64_t seq_len,
+                         int64_t chunk)
     : backend_(backend), seq_len_(seq_len) {
   const int64_t sequences = chunk / seq_len;
   assert(sequences >= 1);
   const auto shape = [&](Weight& w, const char* name, int64_t n, int64_t k) {
     std::vector<float> zero(n * k);
-    w = n == 1 ? make_weight_f32(name, n, k, std::move(zero)) : make_matrix(backend, name, n, k, std::move(zero));
+    w = n == 1 ? make_weight_f32(name, n, k, std::move(zero))
+               : make_matrix(backend, name, n, k, std::move(zero));
   };
   shape(block_.attn_norm, "attn_norm", 1, c.dim);
   shape(block_.qkv, "qkv", c.qkv_dim(), c.dim);
@@ -78,7 +80,8 @@ BlockRunner::BlockRunner(const LlamaConfig& c, Backend& backend, const Weight& r
     p.sequence = &g.input("sequence", Rows::kTokens, 1, Type::kI32);
     const HeadShape heads{0, c.heads, c.kv_heads, c.head_dim};
     Tensor& qkv = g.linear(g.rms_norm(*p.x, block_.attn_norm, c.eps), block_.qkv);
-    p.y = &g.attention(g.rope_kv(qkv, rope, *p.position, *p.sequence, heads), *p.position, *p.sequence, heads);
+    p.y =
+        &g.attention(g.rope_kv(qkv, rope, *p.position, *p.sequence, heads), *p.position, *p.sequence, heads);
   }
   add_piece(block_.o);
   norm_piece(block_.mlp_norm);
@@ -142,10 +145,18 @@ void BlockRunner::run(Piece& p, const float* x, float* residual, float* y, int64
   backend_.run(p.graph, {tokens, 0, seq_len_}, kv_, scratch_, &none);
 }
 
-void BlockRunner::attn_input(const float* x, float* y, int64_t t) { run(*pieces_[kAttnInput], x, nullptr, y, t); }
-void BlockRunner::attention(const float* x, float* y, int64_t t) { run(*pieces_[kAttention], x, nullptr, y, t); }
-void BlockRunner::add_attention(const float* a, float* x, int64_t t) { run(*pieces_[kAddAttention], a, x, x, t); }
-void BlockRunner::mlp_input(const float* x, float* y, int64_t t) { run(*pieces_[kMlpInput], x, nullptr, y, t); }
+void BlockRunner::attn_input(const float* x, float* y, int64_t t) {
+  run(*pieces_[kAttnInput], x, nullptr, y, t);
+}
+void BlockRunner::attention(const float* x, float* y, int64_t t) {
+  run(*pieces_[kAttention], x, nullptr, y, t);
+}
+void BlockRunner::add_attention(const float* a, float* x, int64_t t) {
+  run(*pieces_[kAddAttention], a, x, x, t);
+}
+void BlockRunner::mlp_input(const float* x, float* y, int64_t t) {
+  run(*pieces_[kMlpInput], x, nullptr, y, t);
+}
 void BlockRunner::mlp(const float* x, float* y, int64_t t) { run(*pieces_[kMlp], x, nullptr, y, t); }
 void BlockRunner::add_mlp(const float* a, float* x, int64_t t) { run(*pieces_[kAddMlp], a, x, x, t); }
 

@@ -1,6 +1,6 @@
-// Runs one block in the pieces that lie between its four linears' inputs, on chunks of whole sequences. The pieces
-// are small graphs of the engine, so a backend's kernels serve the quantiser too. Activations are backend memory of
-// the caller; nothing is copied.
+// Runs one block in the pieces that lie between its four linears' inputs, on chunks of whole sequences. The
+// pieces are small graphs of the engine, so a backend's kernels serve the quantiser too. Activations are
+// backend memory of the caller; nothing is copied.
 #pragma once
 #include <memory>
 #include <vector>

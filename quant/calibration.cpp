@@ -18,7 +18,9 @@ namespace {
 constexpr int64_t kMostTogether = 128;
 constexpr int64_t kMostCacheBytes = int64_t(1) << 30;
 
-void seal(Calibration& c) { c.hash = checksum_text(xxh3(c.tokens.data(), c.tokens.size() * sizeof(int32_t))); }
+void seal(Calibration& c) {
+  c.hash = checksum_text(xxh3(c.tokens.data(), c.tokens.size() * sizeof(int32_t)));
+}
 
 std::vector<std::string> lines_of(const std::string& text) {
   std::vector<std::string> lines;
@@ -44,7 +46,8 @@ std::vector<std::string> read_documents(const std::string& path) {
       if (blank(lines[i])) continue;
       const auto json = nlohmann::json::parse(lines[i], nullptr, false);
       if (!json.is_object() || !json.contains("text") || !json["text"].is_string())
-        throw Error(ErrorKind::kInput, path + ", line " + std::to_string(i + 1) + ": expected an object with a \"text\"");
+        throw Error(ErrorKind::kInput,
+                    path + ", line " + std::to_string(i + 1) + ": expected an object with a \"text\"");
       documents.push_back(json["text"].get<std::string>());
     }
     return documents;
@@ -74,8 +77,9 @@ Calibration calibration_from_text(const Tokenizer& tokenizer, const std::string&
   const int64_t windows = int64_t(ids.size()) / seq_len;
   if (windows < samples) {
     throw Error(ErrorKind::kInput, path + ": " + std::to_string(ids.size()) + " tokens make " +
-                                       std::to_string(windows) + " windows of " + std::to_string(seq_len) + ", " +
-                                       std::to_string(samples) + " are asked for (--samples, --seq-len)");
+                                       std::to_string(windows) + " windows of " + std::to_string(seq_len) +
+                                       ", " + std::to_string(samples) +
+                                       " are asked for (--samples, --seq-len)");
   }
   std::vector<int64_t> order(windows);
   std::iota(order.begin(), order.end(), 0);
@@ -137,7 +141,8 @@ Calibration calibration_self_written(LlamaModel& model, Backend& backend, int64_
       const std::span<const float> logits = session.step(step);
       backend.pool().run([&](Part part) {
         const auto [begin, end] = part.of(rows);
-        for (int64_t r = begin; r < end; ++r) step[r].second = samplers[r].sample(logits.subspan(r * vocab, vocab));
+        for (int64_t r = begin; r < end; ++r)
+          step[r].second = samplers[r].sample(logits.subspan(r * vocab, vocab));
       });
       keep(t);
     }

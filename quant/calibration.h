@@ -11,29 +11,31 @@
 namespace q4s {
 
 struct Calibration {
-  std::string source;            // "self-written", or the path of the text
-  std::string hash;              // checksum of the tokens
+  std::string source;  // "self-written", or the path of the text
+  std::string hash;    // checksum of the tokens
   int64_t samples = 0, seq_len = 0;
   uint64_t seed = 0;
-  std::vector<int32_t> tokens;   // (samples, seq_len)
+  std::vector<int32_t> tokens;  // (samples, seq_len)
 };
 
-// Documents of a calibration file. .jsonl: the "text" of every line; else blank lines separate documents where
-// there are any, and lines do where there are none. Throws Error(kInput) naming path and line.
+// Documents of a calibration file. .jsonl: the "text" of every line; else blank lines separate documents
+// where there are any, and lines do where there are none. Throws Error(kInput) naming path and line.
 std::vector<std::string> read_documents(const std::string& path);
 
-// Tokenises the documents (each with BOS where the model adds one), joins them, cuts windows of seq_len and takes
-// the first `samples` of a seeded permutation. Throws Error(kInput) with counts where there are too few windows.
+// Tokenises the documents (each with BOS where the model adds one), joins them, cuts windows of seq_len and
+// takes the first `samples` of a seeded permutation. Throws Error(kInput) with counts where there are too few
+// windows.
 Calibration calibration_from_text(const Tokenizer&, const std::string& path, int64_t samples, int64_t seq_len,
                                   uint64_t seed);
 
-// Text that the model writes from its BOS token (from random tokens where it has none), at temperature 1 from the
-// whole distribution, going on after an end token. Sequences are drawn together; each has its own random stream.
-// progress(tokens done, tokens in all).
+// Text that the model writes from its BOS token (from random tokens where it has none), at temperature 1 from
+// the whole distribution, going on after an end token. Sequences are drawn together; each has its own random
+// stream. progress(tokens done, tokens in all).
 Calibration calibration_self_written(LlamaModel&, Backend&, int64_t samples, int64_t seq_len, uint64_t seed,
                                      const std::function<void(int64_t, int64_t)>& progress);
 
-// Sequences that self-writing decodes together: a fixed rule of the shape, so that results do not depend on memory.
+// Sequences that self-writing decodes together: a fixed rule of the shape, so that results do not depend on
+// memory.
 int64_t self_writing_batch(const LlamaConfig&, int64_t samples, int64_t seq_len);
 
 }  // namespace q4s

@@ -23,10 +23,10 @@ struct Retry {
   double honest = 0;          // against the full-precision weights
 };
 
-// Climbs the ladder until the loss is below half of the first. The seed hands in the rows quantised so far, we the
-// full-precision ones.
-Retry climb(const float* w, const std::vector<float>& quantised, double first, int64_t n, const HessianFactor& f,
-            bool as_the_seed, const Team& team) {
+// Climbs the ladder until the loss is below half of the first. The seed hands in the rows quantised so far,
+// we the full-precision ones.
+Retry climb(const float* w, const std::vector<float>& quantised, double first, int64_t n,
+            const HessianFactor& f, bool as_the_seed, const Team& team) {
   Retry r{quantised, first, 0};
   for (const Format4& step : kLadder) {
     if (r.loss < first / 2) break;
@@ -60,8 +60,10 @@ class WorstSeen {
       const float* w = s.w.data() + p.begin * k;
       const std::vector<float> q(s.result.values.begin() + p.begin * k, s.result.values.begin() + p.end * k);
       const HessianFactor& f = s.solver.fetch();
-      entries_.push_back({s.block, p, loss, climb(w, q, loss, n, f, true, team), climb(w, q, loss, n, f, false, team)});
-      std::stable_sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.first > b.first; });
+      entries_.push_back(
+          {s.block, p, loss, climb(w, q, loss, n, f, true, team), climb(w, q, loss, n, f, false, team)});
+      std::stable_sort(entries_.begin(), entries_.end(),
+                       [](const Entry& a, const Entry& b) { return a.first > b.first; });
       if (int64_t(entries_.size()) > count_) entries_.pop_back();
     }
   }
@@ -90,7 +92,8 @@ double bits_of(const LlamaConfig& c, const QuantizeOptions& o) {
   for (Unit u : kUnits) {
     const double n = double(unit_rows(c, u)), k = double(unit_columns(c, u));
     const double group = o.solve.group == 0 ? k : std::min(double(o.solve.group), k);
-    bits += n * (4 * k + double(ceil_div(int64_t(k), int64_t(group))) * (o.solve.grid == GridKind::kAsym ? 20 : 16));
+    bits += n * (4 * k +
+                 double(ceil_div(int64_t(k), int64_t(group))) * (o.solve.grid == GridKind::kAsym ? 20 : 16));
   }
   return bits * double(c.layers) / double(c.linear_weights());
 }
@@ -126,13 +129,15 @@ Weight& AnalysisModel::unit(int64_t block, Unit u) {
 void AnalysisModel::set(int64_t block, Unit u, std::vector<float> values) {
   Weight& w = unit(block, u);
   const RowRoles roles = w.roles;
-  w = make_weight_f32(unit_name(block, u), unit_rows(model_.config, u), unit_columns(model_.config, u), std::move(values));
+  w = make_weight_f32(unit_name(block, u), unit_rows(model_.config, u), unit_columns(model_.config, u),
+                      std::move(values));
   w.roles = roles;
 }
 
 void AnalysisModel::set_rows(int64_t block, Unit u, int64_t begin, const std::vector<float>& values) {
   Weight& w = unit(block, u);
-  std::memcpy(w.bytes.data() + begin * w.view.k * sizeof(float), values.data(), values.size() * sizeof(float));
+  std::memcpy(w.bytes.data() + begin * w.view.k * sizeof(float), values.data(),
+              values.size() * sizeof(float));
   w.device.reset();  // an old copy
 }
 
@@ -143,7 +148,8 @@ void AnalysisModel::set_norms(int64_t block, const BlockWeights& b) {
 }
 
 void compare_grids(LlamaModel& source, Backend& backend, const Calibration& calibration, const PplText& text,
-                   const QuantizeOptions& ours, int64_t observe, const std::function<void(const VersionResult&)>& done,
+                   const QuantizeOptions& ours, int64_t observe,
+                   const std::function<void(const VersionResult&)>& done,
                    const std::function<void(const std::string&, int64_t, int64_t)>& progress) {
   const LlamaConfig& c = source.config;
   const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
@@ -154,9 +160,8 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
   const auto measure = [&](VersionResult& v, LlamaModel& m) {
     sum_up(v);
     const std::unique_ptr<Session> session = session_of(m);
-    v.output = perplexity(text, *session, reference.get(), backend.pool(), [&](int64_t w, double) {
-      progress(v.name + ", output", w, text.chunks);
-    });
+    v.output = perplexity(text, *session, reference.get(), backend.pool(),
+                          [&](int64_t w, double) { progress(v.name + ", output", w, text.chunks); });
     done(v);
   };
   const auto run = [&](const std::string& name, const QuantizeOptions& o, WorstSeen* observer) {
@@ -227,10 +232,17 @@ std::string table_row(const VersionResult& v) {
 std::string to_json(const std::vector<VersionResult>& all) {
   nlohmann::ordered_json j = {{"schema", 1}, {"versions", nlohmann::ordered_json::array()}};
   for (const VersionResult& v : all) {
-    nlohmann::ordered_json one = {{"name", v.name},       {"bits_per_weight", v.bits}, {"largest", v.largest},
-                                  {"at", v.at},           {"sum", v.sum},              {"logged", v.logged},
-                                  {"ppl", v.output.ppl},  {"ref_ppl", v.output.ref_ppl}, {"kl_mean", v.output.kl_mean},
-                                  {"kl_stderr", v.output.kl_stderr}, {"top1", v.output.top1}};
+    nlohmann::ordered_json one = {{"name", v.name},
+                                  {"bits_per_weight", v.bits},
+                                  {"largest", v.largest},
+                                  {"at", v.at},
+                                  {"sum", v.sum},
+                                  {"logged", v.logged},
+                                  {"ppl", v.output.ppl},
+                                  {"ref_ppl", v.output.ref_ppl},
+                                  {"kl_mean", v.output.kl_mean},
+                                  {"kl_stderr", v.output.kl_stderr},
+                                  {"top1", v.output.top1}};
     one["blocks"] = nlohmann::ordered_json::array();
     for (const BlockReport& b : v.blocks) one["blocks"].push_back(nlohmann::ordered_json::parse(to_json(b)));
     j["versions"].push_back(std::move(one));

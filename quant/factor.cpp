@@ -34,8 +34,8 @@ bool factor_block(T* a, T* x, int64_t n, int64_t stride) {
   return true;
 }
 
-// u = upper Cholesky factor of the inverse of h taken in `order`, from the last block column to the first. The
-// block grid is fixed, so each number comes out the same whoever computes it.
+// u = upper Cholesky factor of the inverse of h taken in `order`, from the last block column to the first.
+// The block grid is fixed, so each number comes out the same whoever computes it.
 template <class T>
 bool invert(const std::vector<float>& h, const std::vector<int32_t>& order, int64_t k, std::vector<float>& u,
             const Team& team) {
@@ -59,8 +59,8 @@ bool invert(const std::vector<float>& h, const std::vector<int32_t>& order, int6
     team([&](Part part) {  // what remains: A -= R R^T, upper triangle of blocks
       for (int64_t p = part.index; p < block; p += part.count) {
         const int64_t i = p * kBlock;
-        dense_gemm(no, yes, kBlock, at - i, size, T(-1), &a[i * k + at], k, &a[i * k + at], k, T(1), &a[i * k + i],
-                   k);
+        dense_gemm(no, yes, kBlock, at - i, size, T(-1), &a[i * k + at], k, &a[i * k + at], k, T(1),
+                   &a[i * k + i], k);
       }
     });
   }
@@ -70,9 +70,10 @@ bool invert(const std::vector<float>& h, const std::vector<int32_t>& order, int6
       const int64_t at = block * kBlock, size = std::min(kBlock, k - at);
       for (int64_t p = block - 1; p >= 0; --p) {
         const int64_t i = p * kBlock, next = i + kBlock;
-        dense_gemm(no, no, kBlock, size, at + size - next, T(1), &a[i * k + next], k, &x[next * k + at], k, T(0),
-                   sum.data(), size);
-        dense_gemm(no, no, kBlock, size, kBlock, T(-1), &x[i * k + i], k, sum.data(), size, T(0), &x[i * k + at], k);
+        dense_gemm(no, no, kBlock, size, at + size - next, T(1), &a[i * k + next], k, &x[next * k + at], k,
+                   T(0), sum.data(), size);
+        dense_gemm(no, no, kBlock, size, kBlock, T(-1), &x[i * k + i], k, sum.data(), size, T(0),
+                   &x[i * k + at], k);
       }
     }
   });

@@ -1,5 +1,6 @@
 // From the Hessian of one input to what GPTQ needs of it: damped H, the order of the columns, and the upper
-// Cholesky factor U of its inverse in that order (H = R R^T with R upper, U = R^-1: one factorisation is enough).
+// Cholesky factor U of its inverse in that order (H = R R^T with R upper, U = R^-1: one factorisation is
+// enough).
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -29,8 +30,8 @@ struct HessianFactor {
 // K = 4096, f32 above with f64 as the rescue. The same bits for every team.
 HessianFactor factor_hessian(std::vector<float> h, int64_t k, double damp, bool act_order, const Team& team);
 
-// The part of it that needs only the diagonal (K) of H: fills f's order, dead, damp and lambda, and calls attempt with
-// the damped diagonal until it succeeds. False: `finite` (of all of H) was, or nothing worked.
+// The part of it that needs only the diagonal (K) of H: fills f's order, dead, damp and lambda, and calls
+// attempt with the damped diagonal until it succeeds. False: `finite` (of all of H) was, or nothing worked.
 bool climb_damping(HessianFactor& f, std::vector<float> diagonal, bool finite, double damp, bool act_order,
                    const std::function<bool(const std::vector<float>& damped)>& attempt);
 

@@ -1,13 +1,15 @@
-// llama-quant: from a model to one .q4s file, and what such a file holds. Options, stages and output; the work is
-// done in quantize.h.
+// llama-quant: from a model to one .q4s file, and what such a file holds. Options, stages and output; the
+// work is done in quantize.h.
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "quant/allocate.h"
 #include "quant/compare.h"
+#include "quant/quant_options.h"
 #include "quant/quantize.h"
 #include "runtime/atomic_file.h"
 #include "runtime/checksum.h"
@@ -31,108 +33,45 @@ void stop_if_requested() {
   if (stop_requested()) throw Stopped{};
 }
 
-Format4 parse_format(const std::string& option, const std::string& text, GridKind grid) {
-  const std::map<std::string, Format4> known = {{"g32", {grid, 32}}, {"g64", {grid, 64}}, {"g128", {grid, 128}},
-                                                {"row", {grid, 0}},  {"q8", {GridKind::kInt8, 64}}};
-  const auto found = known.find(text);
-  if (found == known.end())
-    throw Error(ErrorKind::kUsage, "--" + option + ": \"" + text + "\": expected g32, g64, g128, row or q8");
-  return found->second;
+// The files that make a model, in a fixed order.
+std::vector<std::filesystem::path> model_files(const std::string& path) {
+  if (!std::filesystem::is_directory(path)) return {path};
+  static const std::set<std::string> known = {"config.json",
+                                              "generation_config.json",
+                                              "tokenizer.json",
+                                              "tokenizer_config.json",
+                                              "tokenizer.model",
+                                              "special_tokens_map.json",
+                                              "model.safetensors.index.json"};
+  std::vector<std::filesystem::path> files;
+  for (const auto& e : std::filesystem::directory_iterator(path))
+    if (known.contains(e.path().filename().string()) || e.path().extension() == ".safetensors")
+      files.push_back(e.path());
+  std::sort(files.begin(), files.end());
+  return files;
 }
 
-std::regex parse_regex(const std::string& option, const std::string& text) {
-  try {
-    return std::regex(text, std::regex::extended | std::regex::optimize);
-  } catch (const std::regex_error& e) {
-    throw Error(ErrorKind::kUsage, "--" + option + ": \"" + text + "\" is no regular expression: " + e.what());
-  }
-}
-
-// Matches one tensor name and no other.
-std::regex exact_pattern(const std::string& name) {
-  return std::regex("^" + std::regex_replace(name, std::regex("\\."), "\\.") + "$");
-}
-
-// The parts of the stack that --off can leave out.
-void switch_off(const std::string& text, QuantizeOptions& o) {
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = std::min(text.find(',', at), text.size());
-    const std::string part = text.substr(at, end - at);
-    at = end + 1;
-    if (part == "rotation") o.rotate = false;
-    else if (part == "target") o.solve.alpha = 0;
-    else if (part == "residual") o.solve.beta = 0;
-    else if (part == "search") o.solve.search = false;
-    else if (part == "refine") o.solve.refine = false;
-    else if (part == "act-order") o.act_order = false;
-    else
-      throw Error(ErrorKind::kUsage, "--off: \"" + part +
-                                         "\": expected rotation, target, residual, search, refine or act-order");
-  }
-}
-
-QuantizeOptions parse_options(const Cli& cli) {
-  QuantizeOptions o;
-  o.solve.grid = parse_grid(cli.get("grid"));
-  const std::string& group = cli.get("group");
-  o.solve.group = group == "row" ? 0 : std::stoll(group);
-  o.solve.rtn = cli.on("rtn");
-  o.damp = cli.get_real("damp");
-  o.seed = uint64_t(cli.get_integer("seed"));
-  switch_off(cli.get("off"), o);
-  if (o.solve.rtn) {
-    o.rotate = false;  // rotation before plain rounding hurts
-    o.solve.search = false;
-  }
-  const std::string& head = cli.get("head");
-  o.head = head == "f16" ? Format::kF16 : head == "q4" ? Format::kQ4 : Format::kQ8;
-  if (cli.given("only")) o.only = parse_regex("only", cli.get("only"));
-  for (const std::string& t : cli.get_list("tensor")) {
-    const size_t at = t.rfind('=');
-    if (at == std::string::npos) throw Error(ErrorKind::kUsage, "--tensor: \"" + t + "\": expected REGEX=FORMAT");
-    o.special.emplace_back(parse_regex("tensor", t.substr(0, at)), parse_format("tensor", t.substr(at + 1), o.solve.grid));
-  }
-  return o;
-}
-
-// All options that the bytes of the file depend on.
-Json options_json(const Cli& cli, const QuantizeOptions& o) {
-  Json j = {{"grid", grid_name(o.solve.grid)}, {"group", cli.get("group")}, {"rtn", o.solve.rtn},
-            {"damp", o.damp},          {"act_order", o.act_order}, {"search", o.solve.search},
-            {"refine", o.solve.refine}, {"alpha", o.solve.alpha},   {"beta", o.solve.beta},
-            {"rotation", o.rotate},    {"head", cli.get("head")},  {"seed", o.seed},
-            {"only", cli.get("only")}, {"tensor", cli.get_list("tensor")},
-            {"observe", cli.get_integer("observe")}, {"bpw", cli.get_real("bpw")}};
-  return j;
-}
-
-// Name and checksum of every file of a model, by name only: the same model elsewhere gives the same bytes.
+// Name and checksum of each, by name only: the same model elsewhere gives the same bytes.
 Json source_json(const std::string& path) {
-  std::vector<std::filesystem::path> files = {path};
-  if (std::filesystem::is_directory(path)) {
-    files.clear();
-    for (const auto& e : std::filesystem::directory_iterator(path))
-      if (e.is_regular_file() && (e.path().extension() == ".json" || e.path().extension() == ".safetensors" ||
-                                  e.path().extension() == ".model"))
-        files.push_back(e.path());
-    std::sort(files.begin(), files.end());
-  }
   Json j = Json::array();
-  for (const auto& f : files) {
+  for (const auto& f : model_files(path)) {
     const MappedFile map(f.string());
-    j.push_back({{"name", f.filename().string()}, {"bytes", map.size()}, {"xxh3", checksum_text(xxh3(map.data(), map.size()))}});
+    j.push_back({{"name", f.filename().string()},
+                 {"bytes", map.size()},
+                 {"xxh3", checksum_text(xxh3(map.data(), map.size()))}});
     stop_if_requested();
   }
   return j;
 }
 
 Json calibration_json(const Calibration& c) {
-  return {{"source", c.source == "self-written" ? c.source : std::filesystem::path(c.source).filename().string()},
-          {"samples", c.samples},
-          {"seq_len", c.seq_len},
-          {"tokens", c.samples * c.seq_len},
-          {"xxh3", c.hash},
-          {"seed", c.seed}};
+  return {
+      {"source", c.source == "self-written" ? c.source : std::filesystem::path(c.source).filename().string()},
+      {"samples", c.samples},
+      {"seq_len", c.seq_len},
+      {"tokens", c.samples * c.seq_len},
+      {"xxh3", c.hash},
+      {"seed", c.seed}};
 }
 
 // Losses of all linears, for the file itself.
@@ -140,7 +79,8 @@ Json losses_json(const std::vector<BlockReport>& blocks) {
   Json j = Json::object();
   for (const BlockReport& b : blocks)
     for (const LinearReport& l : b.linears)
-      j["blk." + std::to_string(b.block) + "." + l.name] = {{"loss", l.loss.loss}, {"relative_loss", l.loss.relative}};
+      j["blk." + std::to_string(b.block) + "." + l.name] = {{"loss", l.loss.loss},
+                                                            {"relative_loss", l.loss.relative}};
   return j;
 }
 
@@ -157,17 +97,22 @@ double planned_bits(const LlamaConfig& c, const QuantizeOptions& o) {
   return 8.0 * bytes / double(c.linear_weights());
 }
 
-void show_plan(const LlamaModel& m, const QuantizeOptions& o, int64_t samples, int64_t seq_len, bool self_written) {
+void show_plan(const LlamaModel& m, const QuantizeOptions& o, int64_t samples, int64_t seq_len,
+               bool self_written) {
   const LlamaConfig& c = m.config;
   const QuantizePlan p = plan_quantize(c, o, samples, seq_len);
   const double bits = planned_bits(c, o);
   const double table = double(c.vocab * c.dim) * (c.tied ? 1 : 2) *
-                       (o.head == Format::kF16 ? 2.0 : o.head == Format::kQ8 ? 1.0 + 2.0 / 64 : 0.5 + 2.0 / 128);
-  log_info("blocks      %lld, %.1f M weights, %.3f bits a weight", (long long)c.layers, double(c.linear_weights()) / 1e6, bits);
+                       (o.head == Format::kF16  ? 2.0
+                        : o.head == Format::kQ8 ? 1.0 + 2.0 / 64
+                                                : 0.5 + 2.0 / 128);
+  log_info("blocks      %lld, %.1f M weights, %.3f bits a weight", (long long)c.layers,
+           double(c.linear_weights()) / 1e6, bits);
   log_info("file        %s", bytes_text(double(c.linear_weights()) * bits / 8 + table).c_str());
-  log_info("memory      %s: block %s, Hessian %s, activations %s, forward %s", bytes_text(double(p.total())).c_str(),
-           bytes_text(double(p.block)).c_str(), bytes_text(double(p.hessian)).c_str(),
-           bytes_text(double(p.activations)).c_str(), bytes_text(double(p.forward)).c_str());
+  log_info("memory      %s: block %s, Hessian %s, activations %s, forward %s",
+           bytes_text(double(p.total())).c_str(), bytes_text(double(p.block)).c_str(),
+           bytes_text(double(p.hessian)).c_str(), bytes_text(double(p.activations)).c_str(),
+           bytes_text(double(p.forward)).c_str());
   if (samples) {
     log_info("calibration %lld x %lld tokens, %s", (long long)samples, (long long)seq_len,
              self_written ? "written by the model" : "from the text");
@@ -180,7 +125,8 @@ void add(Q4sWriter& w, const std::string& name, const WeightView& view) {
   if (!w.find_kept(name)) w.add_tensor(name, view);
 }
 void add(Q4sWriter& w, const std::string& name, int64_t n, int64_t k, const std::vector<float>& values) {
-  add(w, name, {.format = Format::kF32, .n = n, .k = k, .data = reinterpret_cast<const uint8_t*>(values.data())});
+  add(w, name,
+      {.format = Format::kF32, .n = n, .k = k, .data = reinterpret_cast<const uint8_t*>(values.data())});
 }
 
 // --observe and --bpw: a pass over the model that tries finer formats, and the choice, by tensor name.
@@ -218,12 +164,15 @@ Json choose_formats(const Cli& cli, LlamaModel& model, Backend& backend, const Q
 int compare(const Cli& cli) {
   QuantizeOptions options = parse_options(cli);
   if (options.solve.grid == GridKind::kAsym || options.solve.rtn)
-    throw Error(ErrorKind::kUsage, "--compare-grids compares the default grid with the seed's: no --grid asym, no --rtn");
+    throw Error(ErrorKind::kUsage,
+                "--compare-grids compares the default grid with the seed's: no --grid asym, no --rtn");
   if (!cli.given("head")) options.head = Format::kF16;  // what is compared are the blocks
-  if (!cli.given("eval")) throw Error(ErrorKind::kUsage, "--compare-grids needs --eval TEXT to measure the output on");
+  if (!cli.given("eval"))
+    throw Error(ErrorKind::kUsage, "--compare-grids needs --eval TEXT to measure the output on");
   if (cli.given("report")) check_output(cli.get("report"), true, {});
   LlamaModel model = open_llama(cli.get("MODEL"));
-  if (model.kind == "q4s") throw Error(ErrorKind::kInput, model.path + ": is quantised already; give the model it came from");
+  if (model.kind == "q4s")
+    throw Error(ErrorKind::kInput, model.path + ": is quantised already; give the model it came from");
   const MappedFile file(cli.get("eval"));
   PplOptions how;
   how.protocol = PplProtocol::kLlamaCpp;
@@ -231,11 +180,14 @@ int compare(const Cli& cli) {
   how.chunks = cli.get_integer("chunks");
   const PplText text = cut_text({reinterpret_cast<const char*>(file.data()), file.size()}, *model.tokenizer,
                                 model.config.context, how);
-  const int64_t samples = cli.get_integer("samples"), seq_len = std::min(cli.get_integer("seq-len"), model.config.context);
+  const int64_t samples = cli.get_integer("samples"),
+                seq_len = std::min(cli.get_integer("seq-len"), model.config.context);
   Calibration calibration;
-  if (cli.given("calib")) calibration = calibration_from_text(*model.tokenizer, cli.get("calib"), samples, seq_len, options.seed);
+  if (cli.given("calib"))
+    calibration = calibration_from_text(*model.tokenizer, cli.get("calib"), samples, seq_len, options.seed);
   std::string note;
-  const std::unique_ptr<Backend> backend = make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
+  const std::unique_ptr<Backend> backend =
+      make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
   if (!note.empty()) log_info("%s", note.c_str());
   std::unique_ptr<Progress> bar;
   std::string showing;
@@ -248,17 +200,19 @@ int compare(const Cli& cli) {
     bar->update(done);
   };
   if (!cli.given("calib"))
-    calibration = calibration_self_written(model, *backend, samples, seq_len, options.seed,
-                                           [&](int64_t d, int64_t t) { progress("writing calibration text", d, t); });
+    calibration =
+        calibration_self_written(model, *backend, samples, seq_len, options.seed,
+                                 [&](int64_t d, int64_t t) { progress("writing calibration text", d, t); });
   std::vector<VersionResult> all;
   out(table_head());
-  compare_grids(model, *backend, calibration, text, options, cli.given("observe") ? cli.get_integer("observe") : 40,
-                [&](const VersionResult& v) {
-                  out(table_row(v));
-                  out_flush();
-                  all.push_back(v);
-                },
-                progress);
+  compare_grids(
+      model, *backend, calibration, text, options, cli.given("observe") ? cli.get_integer("observe") : 40,
+      [&](const VersionResult& v) {
+        out(table_row(v));
+        out_flush();
+        all.push_back(v);
+      },
+      progress);
   if (cli.given("report")) {
     AtomicFile f(cli.get("report"), true, {});
     f.write(to_json(all));
@@ -293,7 +247,8 @@ int quantize(const Cli& cli) {
   const int64_t samples = options.solve.rtn ? 0 : cli.get_integer("samples");
 
   LlamaModel model = open_llama(source);
-  if (model.kind == "q4s") throw Error(ErrorKind::kInput, source + ": is quantised already; give the model it came from");
+  if (model.kind == "q4s")
+    throw Error(ErrorKind::kInput, source + ": is quantised already; give the model it came from");
   const LlamaConfig& c = model.config;
   const int64_t seq_len = std::min(cli.get_integer("seq-len"), c.context);
   const int64_t widest = std::max({c.dim, c.q_dim(), c.hidden});
@@ -313,28 +268,36 @@ int quantize(const Cli& cli) {
   check_output(target, cli.on("force") || cli.on("resume"), inputs);
   if (cli.given("report")) check_output(cli.get("report"), true, inputs);
   std::string note;
-  const std::unique_ptr<Backend> backend = make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
+  const std::unique_ptr<Backend> backend =
+      make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
   if (!note.empty()) log_info("%s", note.c_str());
   const Team team = [&](const std::function<void(Part)>& fn) { backend->pool().run(fn); };
 
   check_weights(model, team, stop_if_requested);
   const Json sources = source_json(source);
-  const Json chosen = options_json(cli, options);
-  Json key = {{"version", Q4S_VERSION}, {"source", sources}, {"options", chosen}, {"samples", samples}, {"seq_len", seq_len}};
+  const Json chosen = Json::parse(options_json(cli, options));
+  Json key = {{"version", Q4S_VERSION},
+              {"source", sources},
+              {"options", chosen},
+              {"samples", samples},
+              {"seq_len", seq_len}};
   key["calibration"] = !samples ? "none" : self_written ? "self-written" : calibration.hash;
   lap("reading");
 
-  Q4sWriter writer(target, {.force = cli.on("force"), .resume = cli.on("resume"), .key = key.dump(), .inputs = inputs});
+  Q4sWriter writer(
+      target, {.force = cli.on("force"), .resume = cli.on("resume"), .key = key.dump(), .inputs = inputs});
   if (samples && self_written) {
     if (!writer.notes().empty()) {
       const Json kept = Json::parse(writer.notes()[0]);
-      calibration = {"self-written", kept["xxh3"], samples, seq_len, options.seed, kept["ids"].get<std::vector<int32_t>>()};
+      calibration = {"self-written", kept["xxh3"], samples,
+                     seq_len,        options.seed, kept["ids"].get<std::vector<int32_t>>()};
     } else {
       Progress bar("writing calibration text", samples * seq_len, "tokens");
-      calibration = calibration_self_written(model, *backend, samples, seq_len, options.seed, [&](int64_t done, int64_t) {
-        stop_if_requested();
-        bar.update(done);
-      });
+      calibration = calibration_self_written(model, *backend, samples, seq_len, options.seed,
+                                             [&](int64_t done, int64_t) {
+                                               stop_if_requested();
+                                               bar.update(done);
+                                             });
     }
   }
   lap("calibration");
@@ -342,8 +305,10 @@ int quantize(const Cli& cli) {
   const QuantizedFrame frame = quantize_frame(model, options, team);
   // Formats chosen by measurement count before those of --tensor.
   Json formats = Json::object();
-  if (!writer.notes().empty()) formats = Json::parse(writer.notes()[0])["formats"];
-  else if (cli.given("observe") || cli.given("bpw")) formats = choose_formats(cli, model, *backend, frame, calibration, options);
+  if (!writer.notes().empty())
+    formats = Json::parse(writer.notes()[0])["formats"];
+  else if (cli.given("observe") || cli.given("bpw"))
+    formats = choose_formats(cli, model, *backend, frame, calibration, options);
   std::vector<std::pair<std::regex, Format4>> chosen_formats;
   for (const auto& [name, format] : formats.items())
     chosen_formats.emplace_back(exact_pattern(name), parse_format("bpw", format, options.solve.grid));
@@ -417,7 +382,8 @@ int quantize(const Cli& cli) {
     f.commit();
   }
   std::string stages;
-  for (const auto& [name, seconds] : report.stages) stages += strprintf("%s%s %.1f", stages.empty() ? "" : " | ", name.c_str(), seconds);
+  for (const auto& [name, seconds] : report.stages)
+    stages += strprintf("%s%s %.1f", stages.empty() ? "" : " | ", name.c_str(), seconds);
   log_info("seconds: %s", stages.c_str());
   log_info("%s: %s, %.3f bits a weight in the blocks, %s, peak memory %s", target.c_str(),
            bytes_text(double(report.size_bytes)).c_str(), report.bits_per_weight,
@@ -427,27 +393,11 @@ int quantize(const Cli& cli) {
 }
 
 int run(int argc, char** argv) {
-  Cli cli("llama-quant", "MODEL OUT.q4s [OPTIONS]", "Quantises a LLaMA-family model to symmetric int4 with GPTQ.");
+  Cli cli("llama-quant", "MODEL OUT.q4s [OPTIONS]",
+          "Quantises a LLaMA-family model to symmetric int4 with GPTQ.");
   cli.positional("MODEL", "Hugging Face folder or GGUF file; with --show or --verify a .q4s file");
   cli.positional("OUT", ".q4s file to write", false);
-  cli.text("calib", "FILE", "", "calibration text, .txt or .jsonl; without it the model writes its own");
-  cli.integer("samples", 512, 1, 1 << 20, "calibration sequences");
-  cli.integer("seq-len", 512, 1, 1 << 20, "tokens of a sequence, at most the model's context");
-  cli.choice("group", {"128", "64", "32", "row"}, "columns that share a scale");
-  cli.choice("grid", {"signed", "sym8", "sym7", "half", "asym"}, "levels of a group; asym only with --compare-grids");
-  cli.real("damp", 0.05, 0.0, 1.0, "damping, as a fraction of the Hessian's mean diagonal");
-  cli.choice("head", {"q8", "f16", "q4"}, "format of embedding and head");
-  cli.flag("rtn", "round to nearest: no calibration, no GPTQ");
-  cli.text("off", "PARTS", "", "leave out rotation, target, residual, search, refine, act-order (comma list)");
-  cli.text("only", "REGEX", "", "quantise only matching linears (blk.3.gate_up); the rest stays fp16");
-  cli.list("tensor", "REGEX=FORMAT", "g32, g64, g128, row or q8 for matching linears; the first match counts");
-  cli.integer("observe", 0, 0, 1 << 20, "give the K linears of largest loss a finer format");
-  cli.real("bpw", 0, 0, 16, "spend up to so many bits a weight where they help most");
-  cli.flag("compare-grids", "no OUT: measure the seed's versions and this one on --eval, table on stdout");
-  cli.text("eval", "TEXT", "", "text for --compare-grids, windows of 512, second half scored");
-  cli.integer("chunks", 60, 0, 1 << 30, "windows of --eval at most; 0: all");
-  cli.integer("seed", 0, 0, INT64_MAX, "of calibration and rotation");
-  cli.text("report", "FILE", "", "JSON with losses, weights and times of every linear");
+  declare_quant_options(cli);
   cli.flag("dry-run", "show sizes and memory, do nothing");
   cli.flag("resume", "go on where an interrupted run stopped");
   cli.flag("force", "overwrite OUT");

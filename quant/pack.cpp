@@ -26,7 +26,9 @@ PackedWeight pack(const QuantizedLinear& q) {
   PackedWeight p;
   p.view = {.format = wide ? Format::kQ8 : Format::kQ4,
             .grid = q.grid == GridKind::kHalf ? Grid::kHalf : Grid::kInt,
-            .n = q.n, .k = q.k, .group = q.group};
+            .n = q.n,
+            .k = q.k,
+            .group = q.group};
   const int64_t stride = row_bytes(p.view.format, q.k);
   p.data.resize(q.n * stride);
   p.scales = q.scales;
@@ -44,8 +46,8 @@ PackedWeight pack(const QuantizedLinear& q) {
   return p;
 }
 
-PackedWeight pack_table(const Weight& w, Format format, const std::vector<float>* gain, const Rotation* rotation,
-                        const Team& team) {
+PackedWeight pack_table(const Weight& w, Format format, const std::vector<float>* gain,
+                        const Rotation* rotation, const Team& team) {
   assert(format == Format::kF16 || format == Format::kQ8 || format == Format::kQ4);
   const int64_t n = w.view.n, k = w.view.k;
   PackedWeight p;

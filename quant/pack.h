@@ -25,9 +25,9 @@ PackedWeight pack(const QuantizedLinear&);
 void pack_nibbles(const uint8_t* codes, int64_t k, uint8_t* out);
 void unpack_nibbles(const uint8_t* packed, int64_t k, uint8_t* codes);
 
-// An embedding or head (V, D), unpacked in slabs: times gain, times R (both optional), then kF16, kQ8 (groups of 64)
-// or kQ4 (groups of 128), rounded to nearest with searched scales. Throws Error(kInput) where a value is not finite
-// or beyond fp16.
+// An embedding or head (V, D), unpacked in slabs: times gain, times R (both optional), then kF16, kQ8 (groups
+// of 64) or kQ4 (groups of 128), rounded to nearest with searched scales. Throws Error(kInput) where a value
+// is not finite or beyond fp16.
 PackedWeight pack_table(const Weight&, Format, const std::vector<float>* gain, const Rotation*, const Team&);
 
 }  // namespace q4s

@@ -37,8 +37,14 @@ class BlockWalk {
  public:
   BlockWalk(LlamaModel& model, Backend& backend, const QuantizedFrame& frame, const Calibration* calibration,
             const QuantizeOptions& options, const QuantizeSink& sink)
-      : model_(model), backend_(backend), frame_(frame), calibration_(calibration), o_(options), sink_(sink),
-        c_(frame.config), team_([&backend](const std::function<void(Part)>& fn) { backend.pool().run(fn); }) {
+      : model_(model),
+        backend_(backend),
+        frame_(frame),
+        calibration_(calibration),
+        o_(options),
+        sink_(sink),
+        c_(frame.config),
+        team_([&backend](const std::function<void(Part)>& fn) { backend.pool().run(fn); }) {
     if (!calibration) return;
     solver_ = make_unit_solver(backend);
     samples_ = calibration->samples;
@@ -100,8 +106,10 @@ class BlockWalk {
     for_chunks([&](int64_t t, int64_t n) {
       team_([&](Part part) { embed_cpu({table, &calibration_->tokens[t], rows.data(), n}, part); });
       if (o_.rotate && !turned) rotate_rows(frame_.rotation, rows.data(), n, team_);
-      backend_.write(reinterpret_cast<std::byte*>(x.get() + t * c_.dim), rows.data(), sizeof(float) * n * c_.dim);
-      backend_.read(rows.data(), reinterpret_cast<const std::byte*>(x.get() + t * c_.dim), sizeof(float));  // waits
+      backend_.write(reinterpret_cast<std::byte*>(x.get() + t * c_.dim), rows.data(),
+                     sizeof(float) * n * c_.dim);
+      backend_.read(rows.data(), reinterpret_cast<const std::byte*>(x.get() + t * c_.dim),
+                    sizeof(float));  // waits
     });
   }
 
@@ -111,8 +119,8 @@ class BlockWalk {
     for (int64_t t = 0; t < tokens_; t += chunk_) fn(t, std::min(chunk_, tokens_ - t));
   }
 
-  // Brings both streams to the inputs of a unit and, where asked, sums its statistics on the way. The inputs of o and
-  // down stay in hold_, since the stream can only move on once the unit is quantised.
+  // Brings both streams to the inputs of a unit and, where asked, sums its statistics on the way. The inputs
+  // of o and down stay in hold_, since the stream can only move on once the unit is quantised.
   void gather(Unit u, bool sums) {
     const int64_t k = unit_columns(c_, u), d = c_.dim;
     if (!sums && u == Unit::kQkv) return;
@@ -193,14 +201,17 @@ class BlockWalk {
       info.bits = grid_bits(format.grid);
       if (o_.seed_method) {
         const HessianFactor& f = solver_->fetch();
-        if (!f.ok()) throw Error(ErrorKind::kRuntime, name + ": the Hessian cannot be factored, which the seed's method needs");
+        if (!f.ok())
+          throw Error(ErrorKind::kRuntime,
+                      name + ": the Hessian cannot be factored, which the seed's method needs");
         SeedResult r = seed_solve(source.data(), n, f, format.grid, format.group, team_);
         result.values = std::move(r.values);
         rows = std::move(r.rows);
         lap(stages_.solve);
       } else {
         QuantizedLinear q = calibration_ ? solver_->solve(source.data(), solve_options)
-                                         : solve({source.data(), nullptr, nullptr, n, k}, no_statistics(k), solve_options, team_);
+                                         : solve({source.data(), nullptr, nullptr, n, k}, no_statistics(k),
+                                                 solve_options, team_);
         lap(stages_.solve);
         if (!q.fallback.empty()) log_warn("%s: %s", name.c_str(), q.fallback.c_str());
         result.values.resize(n * k);
@@ -214,7 +225,8 @@ class BlockWalk {
         info.sweeps = q.sweeps;
         info.fallback = q.fallback;
       }
-      if (sink_.solved && calibration_) sink_.solved({index, u, n, k, source, *solver_, solve_options, result, rows});
+      if (sink_.solved && calibration_)
+        sink_.solved({index, u, n, k, source, *solver_, solve_options, result, rows});
     }
     info.seconds = since(start);
     for (const Projection& p : projections(c_)) {
@@ -222,7 +234,7 @@ class BlockWalk {
       info.name = p.name;
       info.n = p.end - p.begin;
       info.loss = summarize(rows, k, p.begin, p.end);
-      info.weights = weight_shape(&source[p.begin * k], info.n * k);
+      info.weights = weight_shape(&source[p.begin * k], info.n * k, team_);
       report.linears.push_back(info);
     }
     sink_.unit(index, u, result);
@@ -257,10 +269,18 @@ class BlockWalk {
 
   void write_back(Unit u, std::vector<float> values) {
     switch (u) {
-      case Unit::kQkv: quant_->set_qkv(std::move(values)); break;
-      case Unit::kO: quant_->set_o(std::move(values)); break;
-      case Unit::kGateUp: quant_->set_gate_up(std::move(values)); break;
-      case Unit::kDown: quant_->set_down(std::move(values)); break;
+      case Unit::kQkv:
+        quant_->set_qkv(std::move(values));
+        break;
+      case Unit::kO:
+        quant_->set_o(std::move(values));
+        break;
+      case Unit::kGateUp:
+        quant_->set_gate_up(std::move(values));
+        break;
+      case Unit::kDown:
+        quant_->set_down(std::move(values));
+        break;
     }
   }
 
@@ -307,10 +327,14 @@ int64_t unit_columns(const LlamaConfig& c, Unit u) {
 
 std::vector<float>& unit_weights(BlockWeights& b, Unit u) {
   switch (u) {
-    case Unit::kQkv: return b.qkv;
-    case Unit::kO: return b.o;
-    case Unit::kGateUp: return b.gate_up;
-    case Unit::kDown: break;
+    case Unit::kQkv:
+      return b.qkv;
+    case Unit::kO:
+      return b.o;
+    case Unit::kGateUp:
+      return b.gate_up;
+    case Unit::kDown:
+      break;
   }
   return b.down;
 }
@@ -322,8 +346,12 @@ std::string unit_name(int64_t block, Unit u) {
 
 std::vector<Projection> projections(const LlamaConfig& c) {
   const int64_t q = c.q_dim(), kv = c.kv_dim(), f = c.hidden;
-  return {{"q_proj", Unit::kQkv, 0, q},      {"k_proj", Unit::kQkv, q, q + kv},   {"v_proj", Unit::kQkv, q + kv, q + 2 * kv},
-          {"o_proj", Unit::kO, 0, c.dim},    {"gate_proj", Unit::kGateUp, 0, f}, {"up_proj", Unit::kGateUp, f, 2 * f},
+  return {{"q_proj", Unit::kQkv, 0, q},
+          {"k_proj", Unit::kQkv, q, q + kv},
+          {"v_proj", Unit::kQkv, q + kv, q + 2 * kv},
+          {"o_proj", Unit::kO, 0, c.dim},
+          {"gate_proj", Unit::kGateUp, 0, f},
+          {"up_proj", Unit::kGateUp, f, 2 * f},
           {"down_proj", Unit::kDown, 0, c.dim}};
 }
 
@@ -350,8 +378,9 @@ QuantizedFrame quantize_frame(const LlamaModel& m, const QuantizeOptions& o, con
   return f;
 }
 
-void quantize_blocks(LlamaModel& m, Backend& backend, const QuantizedFrame& frame, const Calibration* calibration,
-                     const QuantizeOptions& options, const QuantizeSink& sink) {
+void quantize_blocks(LlamaModel& m, Backend& backend, const QuantizedFrame& frame,
+                     const Calibration* calibration, const QuantizeOptions& options,
+                     const QuantizeSink& sink) {
   assert(calibration || options.solve.rtn);
   BlockWalk walk(m, backend, frame, calibration, options, sink);
   for (int64_t l = 0; l < m.config.layers; ++l) walk.block(l);
@@ -365,13 +394,15 @@ void quantize_blocks(LlamaModel& m, Backend& backend, const QuantizedFrame& fram
 }
 
 QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64_t samples, int64_t seq_len) {
-  const int64_t k = std::max({c.dim, c.q_dim(), c.hidden}), tokens = samples * seq_len, streams = o.corrects() ? 2 : 1;
+  const int64_t k = std::max({c.dim, c.q_dim(), c.hidden}), tokens = samples * seq_len,
+                streams = o.corrects() ? 2 : 1;
   const int64_t block = c.linear_weights() / c.layers;
   const int64_t widest = std::max({c.qkv_dim() * c.dim, c.dim * c.q_dim(), 2 * c.hidden * c.dim});
   const int64_t chunk = samples ? std::clamp<int64_t>(kChunk / seq_len, 1, samples) * seq_len : 0;
   QuantizePlan p;
-  p.block = 4 * block * (samples ? 1 + streams : 1) + 5 * 4 * widest;  // source, runners; the solver's copies of a unit
-  p.hessian = 4 * k * k * (streams == 2 ? 3 : 2) + 16 * k * k;         // H, U, D; two f64 matrices while factoring
+  p.block = 4 * block * (samples ? 1 + streams : 1) +
+            5 * 4 * widest;  // source, runners; the solver's copies of a unit
+  p.hessian = 4 * k * k * (streams == 2 ? 3 : 2) + 16 * k * k;  // H, U, D; two f64 matrices while factoring
   p.activations = 4 * tokens * (streams * c.dim + std::max(c.q_dim(), c.hidden));
   p.forward = 4 * streams * chunk * (2 * c.hidden + c.hidden + 2 * c.dim + 2 * c.kv_dim());
   return p;

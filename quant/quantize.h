@@ -1,5 +1,6 @@
-// Quantises a model block by block: every linear sees the inputs that the quantised model so far gives it, and is
-// drawn towards what the full-precision model would have seen. Knows no files: what it makes is handed to a sink.
+// Quantises a model block by block: every linear sees the inputs that the quantised model so far gives it,
+// and is drawn towards what the full-precision model would have seen. Knows no files: what it makes is handed
+// to a sink.
 #pragma once
 #include <functional>
 #include <optional>
@@ -37,7 +38,7 @@ struct Format4 {  // grid and group of one linear
 };
 
 struct QuantizeOptions {
-  SolveOptions solve;              // grid and group for all but `special`
+  SolveOptions solve;  // grid and group for all but `special`
   double damp = 0.05;
   bool act_order = true;
   bool rotate = true;
@@ -78,10 +79,12 @@ struct QuantizeSink {
   // Norm gains (1 after folding) and the end of a block; not called for kept blocks.
   std::function<void(int64_t block, const BlockWeights& norms, const BlockReport&)> block_done;
   std::function<void(int64_t done, int64_t total)> progress;  // units
-  std::function<void(const std::string& stage, double seconds)> stage;  // where the time went, at the end; optional
+  std::function<void(const std::string& stage, double seconds)>
+      stage;  // where the time went, at the end; optional
 };
 
-// The tables of the model as they go into the file; config.rotated says whether the rotation has to be stored.
+// The tables of the model as they go into the file; config.rotated says whether the rotation has to be
+// stored.
 struct QuantizedFrame {
   LlamaConfig config;
   PackedWeight embed, head;       // head empty where tied
@@ -101,7 +104,8 @@ struct QuantizePlan {
 };
 QuantizePlan plan_quantize(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len);
 // Floating-point operations of the whole, without attention.
-double quantize_flops(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len, bool self_written);
+double quantize_flops(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len,
+                      bool self_written);
 
 // Reads every weight once; throws Error(kInput) as unpack_rows does. tick() is called between tensors.
 void check_weights(const LlamaModel&, const Team&, const std::function<void()>& tick);

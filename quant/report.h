@@ -1,5 +1,5 @@
-// What a quantisation leaves behind: per block and projection the losses and the shape of the weights. JSON with
-// stable keys; the same text, block by block, is the note that a resumed run finds.
+// What a quantisation leaves behind: per block and projection the losses and the shape of the weights. JSON
+// with stable keys; the same text, block by block, is the note that a resumed run finds.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -15,10 +15,10 @@ struct WeightShape {
   double low = 0, high = 0;
   std::vector<int64_t> histogram;  // 64 equal bins over mean +- 4 sd; the ends take what lies beyond
 };
-WeightShape weight_shape(const float* w, int64_t count);
+WeightShape weight_shape(const float* w, int64_t count, const Team&);
 
 struct LinearReport {
-  std::string name;   // q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+  std::string name;  // q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
   int64_t n = 0, k = 0, group = 0;
   int bits = 4;
   std::string grid;
@@ -33,18 +33,19 @@ struct LinearReport {
 struct BlockReport {
   int64_t block = 0;
   std::vector<LinearReport> linears;
-  double output_error = 0;  // |x_full - x|^2 / |x_full|^2 of the residual stream after the block; 0: not measured
+  double output_error =
+      0;  // |x_full - x|^2 / |x_full|^2 of the residual stream after the block; 0: not measured
   double seconds = 0;
 };
 
 struct Report {
   std::vector<BlockReport> blocks;
-  double bits_per_weight = 0;  // of the blocks' linears, scales included
-  int64_t size_bytes = 0;      // of the file
-  std::string options;         // JSON object
-  std::string calibration;     // JSON object
+  double bits_per_weight = 0;                          // of the blocks' linears, scales included
+  int64_t size_bytes = 0;                              // of the file
+  std::string options;                                 // JSON object
+  std::string calibration;                             // JSON object
   std::vector<std::pair<std::string, double>> stages;  // seconds
-  int64_t peak_bytes = 0;      // resident, as the system counts it
+  int64_t peak_bytes = 0;                              // resident, as the system counts it
 };
 
 std::string to_json(const BlockReport&);

@@ -30,7 +30,9 @@ Rotation make_rotation(int64_t dim, uint64_t seed) {
 }
 
 void rotate_rows(const Rotation& r, float* w, int64_t rows, const Team& team) {
-  team([&](Part part) { rotate_cpu({w, r.signs.data(), r.factor.data(), w, rows, r.dim, r.m, false}, part); });
+  team([&](Part part) {
+    rotate_cpu({w, r.signs.data(), r.factor.data(), w, rows, r.dim, r.m, false}, part);
+  });
 }
 
 void rotate_outputs(const Rotation& r, float* w, int64_t k, const Team& team) {
@@ -48,7 +50,8 @@ void fold_gain(const std::vector<float>& gain, float* w, int64_t n) {
     for (int64_t j = 0; j < k; ++j) w[i * k + j] *= gain[j];
 }
 
-void rotate_block(BlockWeights& b, const LlamaConfig& c, const Rotation& r1, const Rotation& r2, const Team& team) {
+void rotate_block(BlockWeights& b, const LlamaConfig& c, const Rotation& r1, const Rotation& r2,
+                  const Team& team) {
   fold_gain(b.attn_norm, b.qkv.data(), c.qkv_dim());
   fold_gain(b.mlp_norm, b.gate_up.data(), 2 * c.hidden);
   b.attn_norm.assign(c.dim, 1.0f);

@@ -1,6 +1,7 @@
-// The rotation that makes weights easier to quantise (QuaRot, arXiv 2404.00456): the residual stream x becomes x R1
-// and every head's values become v R2, both folded into the weights on either side, norm gains first folded into
-// the linears that follow. The function of the model is unchanged. What runs a rotated model is kernels/rotate.h.
+// The rotation that makes weights easier to quantise (QuaRot, arXiv 2404.00456): the residual stream x
+// becomes x R1 and every head's values become v R2, both folded into the weights on either side, norm gains
+// first folded into the linears that follow. The function of the model is unchanged. What runs a rotated
+// model is kernels/rotate.h.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -10,8 +11,8 @@
 
 namespace q4s {
 
-// R of kernels/rotate.h: signs * (Hadamard (x) M). M is the (m, m) Hartley matrix (cos + sin) / sqrt(m): orthogonal
-// and flat for every odd m, so that no direction keeps its outliers.
+// R of kernels/rotate.h: signs * (Hadamard (x) M). M is the (m, m) Hartley matrix (cos + sin) / sqrt(m):
+// orthogonal and flat for every odd m, so that no direction keeps its outliers.
 struct Rotation {
   int64_t dim = 0, m = 1;
   std::vector<float> signs;   // (dim)

@@ -26,7 +26,8 @@ void permute(const float* in, const std::vector<int32_t>& order, int64_t rows, i
     for (int64_t i = 0; i < k; ++i) out[r * k + i] = in[r * k + order[i]];
 }
 
-// w += (alpha w0 D + beta E) H^-1 with H^-1 = U^T U in the order of the factor. False: not finite, w untouched.
+// w += (alpha w0 D + beta E) H^-1 with H^-1 = U^T U in the order of the factor. False: not finite, w
+// untouched.
 bool add_correction(const LinearProblem& p, const HessianFactor& f, const SolveOptions& o, const Team& team,
                     std::vector<float>& w) {
   const int64_t k = p.k;
@@ -35,8 +36,10 @@ bool add_correction(const LinearProblem& p, const HessianFactor& f, const SolveO
   for_rows(p.n, team, [&](int64_t first, int64_t rows) {
     std::vector<float> a(rows * k), b(rows * k);
     if (p.e) std::copy(p.e + first * k, p.e + (first + rows) * k, a.begin());
-    if (p.d) dense_gemm(no, no, rows, k, k, o.alpha, &w[first * k], k, p.d, k, p.e ? o.beta : 0.0f, a.data(), k);
-    if (!p.d) for (float& v : a) v *= o.beta;
+    if (p.d)
+      dense_gemm(no, no, rows, k, k, o.alpha, &w[first * k], k, p.d, k, p.e ? o.beta : 0.0f, a.data(), k);
+    if (!p.d)
+      for (float& v : a) v *= o.beta;
     permute(a.data(), f.order, rows, k, b.data());
     dense_gemm(no, yes, rows, k, k, 1.0f, b.data(), k, f.u.data(), k, 0.0f, a.data(), k);
     dense_gemm(no, no, rows, k, k, 1.0f, a.data(), k, f.u.data(), k, 0.0f, b.data(), k);
@@ -60,15 +63,16 @@ QuantizedLinear prepare(int64_t n, int64_t k, const SolveOptions& o) {
 }
 
 // Losses of q against the original weights w and the corrected ones, and of plain rounding beside it.
-void measure(const std::vector<float>& w, const std::vector<float>& target, const HessianFactor& f, const Team& team,
-             QuantizedLinear& q) {
+void measure(const std::vector<float>& w, const std::vector<float>& target, const HessianFactor& f,
+             const Team& team, QuantizedLinear& q) {
   SolveOptions plain;
   plain.grid = q.grid;
   plain.group = q.group;
   plain.search = false;
   std::vector<float> value(w.size());
   const auto losses = [&](const QuantizedLinear& r, const std::vector<float>& against) {
-    for_rows(r.n, team, [&](int64_t first, int64_t rows) { r.dequantize(first, first + rows, &value[first * r.k]); });
+    for_rows(r.n, team,
+             [&](int64_t first, int64_t rows) { r.dequantize(first, first + rows, &value[first * r.k]); });
     return row_losses(against.data(), value.data(), f, r.n, team);
   };
   const std::vector<RowLoss> rounded = losses(round_to_nearest(w.data(), nullptr, q.n, q.k, plain, team), w);
@@ -82,8 +86,8 @@ void measure(const std::vector<float>& w, const std::vector<float>& target, cons
 
 }  // namespace
 
-QuantizedLinear round_to_nearest(const float* w, const float* weight, int64_t n, int64_t k, const SolveOptions& o,
-                                 const Team& team) {
+QuantizedLinear round_to_nearest(const float* w, const float* weight, int64_t n, int64_t k,
+                                 const SolveOptions& o, const Team& team) {
   const Levels levels = grid_levels(o.grid);
   QuantizedLinear q = prepare(n, k, o);
   team([&](Part part) {
@@ -93,7 +97,8 @@ QuantizedLinear round_to_nearest(const float* w, const float* weight, int64_t n,
   return q;
 }
 
-QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const SolveOptions& o, const Team& team) {
+QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const SolveOptions& o,
+                      const Team& team) {
   assert(f.k == p.k);
   const Levels levels = grid_levels(o.grid);
   QuantizedLinear q = prepare(p.n, p.k, o);
@@ -106,7 +111,8 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
   for (int64_t j = 0; j < p.k; ++j) diagonal[j] = f.h[j * (p.k + 1)];
 
   if (o.rtn || !f.ok()) {
-    const bool usable = std::all_of(diagonal.begin(), diagonal.end(), [](float v) { return std::isfinite(v) && v > 0; });
+    const bool usable =
+        std::all_of(diagonal.begin(), diagonal.end(), [](float v) { return std::isfinite(v) && v > 0; });
     q = round_to_nearest(original.data(), usable ? diagonal.data() : nullptr, p.n, p.k, o, team);
     if (!o.rtn) q.fallback = q.kNoFactor;
     measure(original, original, f, team, q);
@@ -125,11 +131,13 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
     permute(&w[first * p.k], f.order, rows, p.k, &work[first * p.k]);
   });
   team([&](Part part) {
-    gptq_solve_cpu({work.data(), f.u.data(), f.order.data(), q.scales.data(), q.codes.data(), q.n, q.k, q.group,
-                    levels}, part);
+    gptq_solve_cpu(
+        {work.data(), f.u.data(), f.order.data(), q.scales.data(), q.codes.data(), q.n, q.k, q.group, levels},
+        part);
   });
   if (o.refine) {
-    const GptqRefineArgs refine{w.data(), f.h.data(), q.scales.data(), q.codes.data(), q.n, q.k, q.group, levels};
+    const GptqRefineArgs refine{w.data(), f.h.data(), q.scales.data(), q.codes.data(),
+                                q.n,      q.k,        q.group,         levels};
     team([&](Part part) { gptq_sweep_cpu(refine, part); });
     team([&](Part part) { gptq_refit_cpu(refine, part); });
     team([&](Part part) { gptq_sweep_cpu(refine, part); });
@@ -140,7 +148,8 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
   return q;
 }
 
-std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFactor& f, int64_t n, const Team& team) {
+std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFactor& f, int64_t n,
+                                const Team& team) {
   std::vector<RowSums> sums(n);
   team([&](Part part) { gptq_loss_cpu({w, q, f.h.data(), sums.data(), n, f.k}, part); });
   std::vector<RowLoss> rows(n);
@@ -149,7 +158,12 @@ std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFac
 }
 
 RowLoss row_loss(const RowSums& s, double lambda) {
-  return {s.error_h - lambda * s.error_2, s.error_h, s.weight_h - lambda * s.weight_2, 0.0, s.error_h, s.error_abs,
+  return {s.error_h - lambda * s.error_2,
+          s.error_h,
+          s.weight_h - lambda * s.weight_2,
+          0.0,
+          s.error_h,
+          s.error_abs,
           s.error_max};
 }
 

@@ -1,6 +1,6 @@
-// One linear: weights and the statistics of its inputs in, codes and scales out. Ties the steps of kernels/gptq.h
-// together; knows no models and no files. Rows are independent, so linears that read the same input are solved
-// stacked, and their losses are sums over ranges of rows.
+// One linear: weights and the statistics of its inputs in, codes and scales out. Ties the steps of
+// kernels/gptq.h together; knows no models and no files. Rows are independent, so linears that read the same
+// input are solved stacked, and their losses are sums over ranges of rows.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -12,20 +12,20 @@
 namespace q4s {
 
 struct LinearProblem {
-  const float* w = nullptr;            // (N, K) full-precision weights
-  const float* d = nullptr;            // (K, K) (2/n) sum (x_full - x) x^T, or null
-  const float* e = nullptr;            // (N, K) (2/n) sum (r_full - r) x^T, or null
+  const float* w = nullptr;  // (N, K) full-precision weights
+  const float* d = nullptr;  // (K, K) (2/n) sum (x_full - x) x^T, or null
+  const float* e = nullptr;  // (N, K) (2/n) sum (r_full - r) x^T, or null
   int64_t n = 0, k = 0;
 };
 
 struct SolveOptions {
   GridKind grid = GridKind::kSigned;
-  int64_t group = 128;   // 0: the whole row
-  bool rtn = false;      // plain rounding: no use of H but for the losses (and for the search where asked)
-  bool search = true;    // scale search weighted with diag(H)
-  bool refine = true;    // sweep, refit, sweep
-  float alpha = 0.5f;    // weight of the correction towards the full-precision inputs (d)
-  float beta = 0.5f;     // weight of the repair of the residual stream (e)
+  int64_t group = 128;  // 0: the whole row
+  bool rtn = false;     // plain rounding: no use of H but for the losses (and for the search where asked)
+  bool search = true;   // scale search weighted with diag(H)
+  bool refine = true;   // sweep, refit, sweep
+  float alpha = 0.5f;   // weight of the correction towards the full-precision inputs (d)
+  float beta = 0.5f;    // weight of the repair of the residual stream (e)
 };
 
 // Of one row, against the original weights; H is undamped.
@@ -33,9 +33,9 @@ struct RowLoss {
   double error_h, error_damped;  // dw H dw^T, dw (H + lambda I) dw^T
   double weight_h;               // w H w^T
   double rtn_h;                  // dw H dw^T of plain rounding with plain scales
-  double target_h;               // as error_damped, but against the corrected weights: what the solver minimised
-  double error_abs;              // sum |dw|
-  float error_max;               // max |dw|
+  double target_h;   // as error_damped, but against the corrected weights: what the solver minimised
+  double error_abs;  // sum |dw|
+  float error_max;   // max |dw|
 };
 
 RowLoss row_loss(const RowSums&, double lambda);
@@ -48,35 +48,37 @@ struct QuantizedLinear {
   std::vector<RowLoss> rows;     // (N)
   double damp = 0;               // damping used; 0 with rtn
   int sweeps = 0;
-  std::string fallback;          // why it was rounded to nearest though GPTQ was asked for; else empty
+  std::string fallback;  // why it was rounded to nearest though GPTQ was asked for; else empty
 
   int64_t groups() const { return ceil_div(k, group); }
   static constexpr const char* kNoFactor = "the Hessian could not be factored: rounded to nearest";
-  static constexpr const char* kNoCorrection = "the correction towards full precision is not finite: left out";
+  static constexpr const char* kNoCorrection =
+      "the correction towards full precision is not finite: left out";
   void dequantize(int64_t begin, int64_t end, float* out) const;  // rows [begin, end) -> (end - begin, K)
 };
 
 struct LossSummary {
-  double loss;            // 1/2 tr(dW (H + lambda I) dW^T): the seed's, with H normalised by sequences
-  double relative;        // tr(dW H dW^T) / tr(W H W^T)
-  double rtn_relative;    // the same of plain rounding
+  double loss;          // 1/2 tr(dW (H + lambda I) dW^T): the seed's, with H normalised by sequences
+  double relative;      // tr(dW H dW^T) / tr(W H W^T)
+  double rtn_relative;  // the same of plain rounding
   double error_max, error_mean;
-  double target;          // what the solver minimised, over tr(W H W^T)
+  double target;  // what the solver minimised, over tr(W H W^T)
 };
 LossSummary summarize(const std::vector<RowLoss>& rows, int64_t k, int64_t row_begin, int64_t row_end);
 
 // Losses of dequantised weights q (N, K) against w (N, K), which counts as the target too; rtn_h is left 0.
-std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFactor&, int64_t n, const Team& team);
+std::vector<RowLoss> row_losses(const float* w, const float* q, const HessianFactor&, int64_t n,
+                                const Team& team);
 
-// Plain rounding without any statistics: weight (K) or null weighs the scale search, where options ask for one.
-// Losses are not measured.
-QuantizedLinear round_to_nearest(const float* w, const float* weight, int64_t n, int64_t k, const SolveOptions&,
-                                 const Team&);
+// Plain rounding without any statistics: weight (K) or null weighs the scale search, where options ask for
+// one. Losses are not measured.
+QuantizedLinear round_to_nearest(const float* w, const float* weight, int64_t n, int64_t k,
+                                 const SolveOptions&, const Team&);
 
 // The factor may serve several calls (other groups, other grids). If it is not ok(), or the correction is not
 // finite, the result falls back (to plain rounding, to no correction) and says so.
-// Target: W' = W + alpha W D H^-1 + beta E H^-1, a closed form of asymmetric calibration (GPTAQ, arXiv 2504.02692)
-// that repairs the residual stream as well.
+// Target: W' = W + alpha W D H^-1 + beta E H^-1, a closed form of asymmetric calibration (GPTAQ, arXiv
+// 2504.02692) that repairs the residual stream as well.
 QuantizedLinear solve(const LinearProblem&, const HessianFactor&, const SolveOptions&, const Team&);
 
 }  // namespace q4s

@@ -23,8 +23,8 @@ int main(int argc, char** argv) {
   auto lap = clock;
   std::mt19937 rng(1);
   std::normal_distribution<float> normal;
-  std::printf("| N | K | H | D | E | factor | solve | relative loss | ms, %d threads, %lld tokens\n", pool.threads(),
-              (long long)tokens);
+  std::printf("| N | K | H | D | E | factor | solve | relative loss | ms, %d threads, %lld tokens\n",
+              pool.threads(), (long long)tokens);
   const int64_t shapes[][2] = {{960, 576}, {576, 576}, {3072, 576}, {576, 1536}};
   for (const auto& [n, k] : shapes) {
     std::vector<float> x(tokens * k), dx(tokens * k), dr(tokens * n), w(n * k);
@@ -49,7 +49,7 @@ int main(int argc, char** argv) {
     const double tf = lap();
     const QuantizedLinear q = solve({w.data(), d.data(), e.data(), n, k}, factor, SolveOptions{}, team);
     const double ts = lap();
-    std::printf("| %lld | %lld | %.1f | %.1f | %.1f | %.1f | %.1f | %.5f |\n", (long long)n, (long long)k, 1e3 * th,
-                1e3 * td, 1e3 * te, 1e3 * tf, 1e3 * ts, summarize(q.rows, k, 0, n).relative);
+    std::printf("| %lld | %lld | %.1f | %.1f | %.1f | %.1f | %.1f | %.5f |\n", (long long)n, (long long)k,
+                1e3 * th, 1e3 * td, 1e3 * te, 1e3 * tf, 1e3 * ts, summarize(q.rows, k, 0, n).relative);
   }
 }

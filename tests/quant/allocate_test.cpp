@@ -19,7 +19,8 @@ std::vector<UnitChoices> made_up() {
   for (Unit u : kUnits) {
     UnitChoices c{0, u, effects[int(u)], {}, 0};
     for (int i = 0; i < 3; ++i)
-      c.candidates.push_back({{GridKind::kSigned, 128 >> i}, 1000 + 100 * i, 8.0 / (1 << i), 1.0 / (1 << 2 * i)});
+      c.candidates.push_back(
+          {{GridKind::kSigned, 128 >> i}, 1000 + 100 * i, 8.0 / (1 << i), 1.0 / (1 << 2 * i)});
     all.push_back(c);
   }
   return all;
@@ -119,8 +120,9 @@ TEST_CASE("the seed's observe makes what it retries worse, done right better") {
   const auto backend = make_cpu_backend(2);
   PplText text{PplProtocol::kLlamaCpp, 32, 8, tiny::calibration(8, 32).tokens, -1, "none", 0};
   std::vector<VersionResult> all;
-  compare_grids(m, *backend, cal, text, o, 5, [&](const VersionResult& v) { all.push_back(v); },
-                [](const std::string&, int64_t, int64_t) {});
+  compare_grids(
+      m, *backend, cal, text, o, 5, [&](const VersionResult& v) { all.push_back(v); },
+      [](const std::string&, int64_t, int64_t) {});
   REQUIRE(all.size() == 7);
   const VersionResult &base = all[1], &written = all[2], &right = all[3];
   CHECK(written.sum > base.sum);

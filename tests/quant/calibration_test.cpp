@@ -32,12 +32,14 @@ TEST_CASE("documents: blank lines, else lines, or jsonl") {
   const std::string c = write_file("c.jsonl", "{\"text\": \"one\\n\"}\n\n{\"id\": 3, \"text\": \"two\"}\n");
   CHECK(read_documents(c) == std::vector<std::string>{"one\n", "two"});
   const std::string d = write_file("d.jsonl", "{\"text\": \"one\"}\n{\"body\": 1}\n");
-  CHECK_THROWS_WITH_AS(read_documents(d), (d + ", line 2: expected an object with a \"text\"").c_str(), Error);
+  CHECK_THROWS_WITH_AS(read_documents(d), (d + ", line 2: expected an object with a \"text\"").c_str(),
+                       Error);
   for (const std::string& p : {a, b, c, d}) std::filesystem::remove(p);
 }
 
 TEST_CASE("windows: a seeded choice without repeats; too little text says how much there is") {
-  const std::string folder = test::shared_data("stories260K"), text = test::shared_data("text/tinystories.txt");
+  const std::string folder = test::shared_data("stories260K"),
+                    text = test::shared_data("text/tinystories.txt");
   if (folder.empty() || text.empty()) return;
   const auto tokenizer = Tokenizer::from_folder(folder);
   const Calibration a = calibration_from_text(*tokenizer, text, 20, 64, 1);
@@ -66,17 +68,19 @@ TEST_CASE("self-written text: from BOS, seeded, the same for every number of thr
   const auto write = [&](int threads, uint64_t seed) {
     const auto backend = make_cpu_backend(threads);
     int64_t last = 0;
-    const Calibration c = calibration_self_written(m, *backend, 6, 24, seed, [&](int64_t done, int64_t total) {
-      CHECK(total == 6 * 24);
-      last = done;
-    });
+    const Calibration c =
+        calibration_self_written(m, *backend, 6, 24, seed, [&](int64_t done, int64_t total) {
+          CHECK(total == 6 * 24);
+          last = done;
+        });
     CHECK(last == 6 * 24);
     return c;
   };
   const Calibration a = write(1, 5);
   for (int s = 0; s < 6; ++s) CHECK(a.tokens[s * 24] == m.tokenizer->bos_id());
   CHECK(std::set<int32_t>{a.tokens[1], a.tokens[25], a.tokens[49], a.tokens[73], a.tokens[97], a.tokens[121],
-                          a.tokens[2], a.tokens[26], a.tokens[50]}.size() > 2);
+                          a.tokens[2], a.tokens[26], a.tokens[50]}
+            .size() > 2);
   CHECK(write(3, 5).tokens == a.tokens);
   CHECK(write(1, 6).tokens != a.tokens);
 }

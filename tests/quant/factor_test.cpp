@@ -34,7 +34,7 @@ TEST_CASE("U^T U is the inverse of the damped H in its order") {
 
 TEST_CASE("a Hessian without full rank needs damping: the ladder climbs until it factors") {
   const int64_t k = 20;
-  std::vector<float> h(k * k, 1.0f);  // rank one
+  std::vector<float> h(k * k, 1.0f);   // rank one
   h[3 * k + 4] = h[4 * k + 3] = 1.2f;  // and indefinite: smallest eigenvalue about -0.2
   const HessianFactor f = factor_hessian(h, k, 0.001, true, one_thread_team);
   REQUIRE(f.ok());
@@ -94,6 +94,8 @@ TEST_CASE("gram: H, D and E against f64, in pieces, for every number of threads"
     }
   std::vector<float> split(n * k), whole(n * k);
   gptq_gram_cpu({other.data(), x.data(), whole.data(), tokens, n, k, 0.5f, false});
-  oracle::parts(3)([&](Part p) { gptq_gram_cpu({other.data(), x.data(), split.data(), tokens, n, k, 0.5f, false}, p); });
+  oracle::parts(3)([&](Part p) {
+    gptq_gram_cpu({other.data(), x.data(), split.data(), tokens, n, k, 0.5f, false}, p);
+  });
   CHECK(split == whole);
 }

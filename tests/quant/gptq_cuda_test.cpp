@@ -1,5 +1,6 @@
-// Every step of the quantiser on the GPU against the CPU's over odd shapes, buffers between guard words; then whole
-// units through both solvers. Without a GPU every case prints SKIPPED. Environment Q4S_QUICK=1: few shapes.
+// Every step of the quantiser on the GPU against the CPU's over odd shapes, buffers between guard words; then
+// whole units through both solvers. Without a GPU every case prints SKIPPED. Environment Q4S_QUICK=1: few
+// shapes.
 #include "kernels/gptq_cuda.h"
 
 #include <doctest/doctest.h>
@@ -17,7 +18,8 @@ using namespace q4s;
 
 namespace {
 
-const GridKind kGrids[] = {GridKind::kSigned, GridKind::kHalf, GridKind::kSym7, GridKind::kSym8, GridKind::kInt8};
+const GridKind kGrids[] = {GridKind::kSigned, GridKind::kHalf, GridKind::kSym7, GridKind::kSym8,
+                           GridKind::kInt8};
 
 bool quick() { return std::getenv("Q4S_QUICK") != nullptr; }
 
@@ -39,7 +41,11 @@ struct Case {
   std::vector<uint8_t> codes;    // rounded
 
   Case(const Shape& s, GridKind grid, uint32_t seed)
-      : n(s.n), k(s.k), group(s.group ? s.group : s.k), groups(ceil_div(k, group)), levels(grid_levels(grid)),
+      : n(s.n),
+        k(s.k),
+        group(s.group ? s.group : s.k),
+        groups(ceil_div(k, group)),
+        levels(grid_levels(grid)),
         w(oracle::gaussian(n * k, seed, 0.1f)) {
     const int64_t tokens = k + 40;
     x = oracle::inputs(tokens, k, seed + 1);
@@ -60,7 +66,8 @@ struct Case {
   }
   double loss(const std::vector<uint16_t>& s, const std::vector<uint8_t>& c) const {
     std::vector<float> q(n * k);
-    for (int64_t i = 0; i < n * k; ++i) q[i] = levels.value(c[i], half_to_float(s[i / k * groups + i % k / group]));
+    for (int64_t i = 0; i < n * k; ++i)
+      q[i] = levels.value(c[i], half_to_float(s[i / k * groups + i % k / group]));
     std::vector<RowSums> sums(n);
     gptq_loss_cpu({w.data(), q.data(), f.h.data(), sums.data(), n, k});
     double all = 0;
@@ -114,14 +121,16 @@ TEST_CASE("cuda gptq: scales and plain rounding have the CPU's bits") {
         for (const bool weighted : {true, false}) {
           std::vector<uint16_t> scales(c.scales.size());
           std::vector<uint8_t> codes(c.codes.size());
-          gptq_scales_cpu({c.w.data(), weighted ? c.diagonal().data() : nullptr, scales.data(), c.n, c.k, c.group, c.levels,
-                           search});
+          gptq_scales_cpu({c.w.data(), weighted ? c.diagonal().data() : nullptr, scales.data(), c.n, c.k,
+                           c.group, c.levels, search});
           gptq_round_cpu({c.w.data(), scales.data(), codes.data(), c.n, c.k, c.group, c.levels});
           Guard<uint16_t> got_scales(c.n * c.groups);
           Guard<uint8_t> got_codes(c.n * c.k);
-          gptq_scales_cuda({w.data(), weighted ? weight.data() : nullptr, got_scales.data(), c.n, c.k, c.group, c.levels,
-                            search}, stream.s);
-          gptq_round_cuda({w.data(), got_scales.data(), got_codes.data(), c.n, c.k, c.group, c.levels}, stream.s);
+          gptq_scales_cuda({w.data(), weighted ? weight.data() : nullptr, got_scales.data(), c.n, c.k,
+                            c.group, c.levels, search},
+                           stream.s);
+          gptq_round_cuda({w.data(), got_scales.data(), got_codes.data(), c.n, c.k, c.group, c.levels},
+                          stream.s);
           stream.wait();
           CHECK(got_scales.get() == scales);
           CHECK(got_codes.get() == codes);
@@ -148,19 +157,22 @@ TEST_CASE("cuda gptq: the pass, sweep, refit and losses") {
       Guard<uint8_t> codes(c.n * c.k);
 
       std::vector<uint8_t> expected(c.n * c.k);
-      gptq.solve({work.data(), u.data(), order.data(), scales.data(), codes.data(), c.n, c.k, c.group, c.levels});
+      gptq.solve(
+          {work.data(), u.data(), order.data(), scales.data(), codes.data(), c.n, c.k, c.group, c.levels});
       stream.wait();
-      gptq_solve_cpu({ordered.data(), c.f.u.data(), c.f.order.data(), c.scales.data(), expected.data(), c.n, c.k, c.group,
-                      c.levels});
+      gptq_solve_cpu({ordered.data(), c.f.u.data(), c.f.order.data(), c.scales.data(), expected.data(), c.n,
+                      c.k, c.group, c.levels});
       const std::vector<uint8_t> solved = codes.get();
       CHECK(differing(solved, expected) <= 0.005);
       CHECK(close(c.loss(c.scales, solved), c.loss(c.scales, expected), 1e-3));
 
       // Sweep and refit from the CPU's codes, so that each step is judged alone.
       codes.put(expected);
-      const GptqRefineArgs there{w.data(), h.data(), scales.data(), codes.data(), c.n, c.k, c.group, c.levels};
+      const GptqRefineArgs there{w.data(), h.data(), scales.data(), codes.data(),
+                                 c.n,      c.k,      c.group,       c.levels};
       std::vector<uint16_t> host_scales = c.scales;
-      const GptqRefineArgs here{c.w.data(), c.f.h.data(), host_scales.data(), expected.data(), c.n, c.k, c.group, c.levels};
+      const GptqRefineArgs here{c.w.data(), c.f.h.data(), host_scales.data(), expected.data(), c.n, c.k,
+                                c.group,    c.levels};
       const double before = c.loss(c.scales, expected);
       gptq.sweep(there);
       stream.wait();
@@ -183,7 +195,8 @@ TEST_CASE("cuda gptq: the pass, sweep, refit and losses") {
       stream.wait();
       std::vector<float> q(c.n * c.k);
       for (int64_t i = 0; i < c.n * c.k; ++i)
-        q[i] = c.levels.value(expected[i], half_to_float(host_scales[i / c.k * c.groups + i % c.k / c.group]));
+        q[i] =
+            c.levels.value(expected[i], half_to_float(host_scales[i / c.k * c.groups + i % c.k / c.group]));
       std::vector<RowSums> want(c.n);
       gptq_loss_cpu({c.w.data(), q.data(), c.f.h.data(), want.data(), c.n, c.k});
       const std::vector<RowSums> got = sums.get();
@@ -244,15 +257,16 @@ TEST_CASE("cuda gptq: factor and correction") {
       std::vector<float> want(c.w);
       for (int64_t i = 0; i < c.n * c.k; ++i) want[i] += float(change[i % c.k * c.n + i / c.k]);
       Guard<float> w(c.w);
-      CHECK(gptq.correct({w.data(), which & 1 ? dd.data() : nullptr, which & 2 ? de.data() : nullptr, u.data(), order.data(),
-                          back.data(), c.n, c.k, 0.5f, 0.25f}));
+      CHECK(gptq.correct({w.data(), which & 1 ? dd.data() : nullptr, which & 2 ? de.data() : nullptr,
+                          u.data(), order.data(), back.data(), c.n, c.k, 0.5f, 0.25f}));
       stream.wait();
       CHECK(worst(w.get(), want) < 1e-4);
     }
     std::vector<float> bad(c.n * c.k, std::numeric_limits<float>::infinity());
     de.put(bad);
     Guard<float> w(c.w);
-    CHECK_FALSE(gptq.correct({w.data(), nullptr, de.data(), u.data(), order.data(), back.data(), c.n, c.k, 0.5f, 0.5f}));
+    CHECK_FALSE(gptq.correct(
+        {w.data(), nullptr, de.data(), u.data(), order.data(), back.data(), c.n, c.k, 0.5f, 0.5f}));
     CHECK(w.get() == c.w);
   }
   std::vector<float> bad = {1, 2, 2, 1};  // not positive
@@ -272,8 +286,11 @@ TEST_CASE("cuda gptq: statistics, exact on fp16 inputs, within its rounding on o
     const int64_t tokens = 700, k = s.k, n = s.n;
     for (const bool exact : {true, false}) {
       auto x = oracle::inputs(tokens, k, 1), r = oracle::gaussian(tokens * n, 2), x_full = x, r_full = r;
-      const auto more = oracle::gaussian(tokens * k, 3, 0.02f), more_r = oracle::gaussian(tokens * n, 4, 0.02f);
-      const auto grain = [&](float v) { return exact ? std::round(v * 64) / 64 : v; };  // few bits: exact in fp16
+      const auto more = oracle::gaussian(tokens * k, 3, 0.02f),
+                 more_r = oracle::gaussian(tokens * n, 4, 0.02f);
+      const auto grain = [&](float v) {
+        return exact ? std::round(v * 64) / 64 : v;
+      };  // few bits: exact in fp16
       for (float& v : x) v = grain(v);
       for (int64_t i = 0; i < tokens * k; ++i) x_full[i] = x[i] + grain(more[i]);
       for (float& v : r) v = grain(v);
@@ -284,8 +301,8 @@ TEST_CASE("cuda gptq: statistics, exact on fp16 inputs, within its rounding on o
       for (int64_t i = 0; i < tokens * k; ++i) dx[i] = x_full[i] - x[i];
       for (int64_t i = 0; i < tokens * n; ++i) dr[i] = r_full[i] - r[i];
       for (int64_t t = 0; t < tokens; t += 350) {
-        gptq.statistics({gx.data() + t * k, gx_full.data() + t * k, gr.data() + t * n, gr_full.data() + t * n, h.data(),
-                         d.data(), e.data(), 350, k, n, 0.25f});
+        gptq.statistics({gx.data() + t * k, gx_full.data() + t * k, gr.data() + t * n, gr_full.data() + t * n,
+                         h.data(), d.data(), e.data(), 350, k, n, 0.25f});
         gptq_gram_cpu({&x[t * k], &x[t * k], ch.data(), 350, k, k, 0.25f, false});
         gptq_gram_cpu({&dx[t * k], &x[t * k], cd.data(), 350, k, k, 0.25f, false});
         gptq_gram_cpu({&dr[t * n], &x[t * k], ce.data(), 350, n, k, 0.25f, false});
@@ -304,7 +321,8 @@ TEST_CASE("cuda gptq: a unit through both solvers, and the same bits twice") {
   if (no_device()) return;
   const std::unique_ptr<Backend> gpu = make_cuda_backend(0), cpu = make_cpu_backend(2);
   const int64_t n = quick() ? 40 : 200, k = quick() ? 172 : 576, tokens = 2048;
-  const auto w = oracle::gaussian(n * k, 21, 0.1f), x = oracle::inputs(tokens, k, 22), r = oracle::gaussian(tokens * n, 23);
+  const auto w = oracle::gaussian(n * k, 21, 0.1f), x = oracle::inputs(tokens, k, 22),
+             r = oracle::gaussian(tokens * n, 23);
   auto x_full = x, r_full = r;
   const auto more = oracle::gaussian(tokens * k, 24, 0.05f), more_r = oracle::gaussian(tokens * n, 25, 0.05f);
   for (size_t i = 0; i < x.size(); ++i) x_full[i] += more[i];
@@ -329,7 +347,8 @@ TEST_CASE("cuda gptq: a unit through both solvers, and the same bits twice") {
       SolveOptions o;
       o.refine = refine;
       o.rtn = rtn;
-      const QuantizedLinear a = run(*gpu, *on_gpu, o), b = run(*cpu, *on_cpu, o), again = run(*gpu, *on_gpu, o);
+      const QuantizedLinear a = run(*gpu, *on_gpu, o), b = run(*cpu, *on_cpu, o),
+                            again = run(*gpu, *on_gpu, o);
       CHECK(a.fallback == b.fallback);
       CHECK(a.damp == b.damp);
       CHECK(differing(a.codes, b.codes) < 0.02);  // the statistics are rounded to fp16

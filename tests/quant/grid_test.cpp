@@ -9,7 +9,8 @@
 using namespace q4s;
 
 namespace {
-const GridKind kGrids[] = {GridKind::kSym7, GridKind::kSym8, GridKind::kHalf, GridKind::kSigned, GridKind::kInt8};
+const GridKind kGrids[] = {GridKind::kSym7, GridKind::kSym8, GridKind::kHalf, GridKind::kSigned,
+                           GridKind::kInt8};
 
 std::vector<uint16_t> scales_of(const std::vector<float>& w, const float* weight, int64_t n, int64_t k,
                                 int64_t group, GridKind kind, bool search) {
@@ -40,8 +41,9 @@ TEST_CASE("plain scales are those of the table, rounded to fp16") {
   CHECK(scales_of(w, nullptr, 1, 4, 4, GridKind::kSym8, false)[0] == float_to_half(2.0f / 7.5f));
   CHECK(scales_of(w, nullptr, 1, 4, 4, GridKind::kHalf, false)[0] == float_to_half(2.0f / 7.5f));
   CHECK(scales_of(w, nullptr, 1, 4, 4, GridKind::kSigned, false)[0] == float_to_half(0.25f));
-  CHECK(scales_of({0.5f, 2.0f, 1.0f, 0.25f}, nullptr, 1, 4, 4, GridKind::kSigned, false)[0] == float_to_half(-0.25f));
-  CHECK(nearest_code(-2.0f, 0.25f, grid_levels(GridKind::kSigned)) == 0);   // the extreme is met exactly
+  CHECK(scales_of({0.5f, 2.0f, 1.0f, 0.25f}, nullptr, 1, 4, 4, GridKind::kSigned, false)[0] ==
+        float_to_half(-0.25f));
+  CHECK(nearest_code(-2.0f, 0.25f, grid_levels(GridKind::kSigned)) == 0);  // the extreme is met exactly
   CHECK(nearest_code(2.0f, -0.25f, grid_levels(GridKind::kSigned)) == 0);
 }
 
@@ -96,6 +98,7 @@ TEST_CASE("scale search: no worse than any candidate, by an f64 oracle; a short 
 }
 
 TEST_CASE("names go both ways") {
-  for (const char* name : {"asym", "sym7", "sym8", "half", "signed"}) CHECK(grid_name(parse_grid(name)) == std::string(name));
+  for (const char* name : {"asym", "sym7", "sym8", "half", "signed"})
+    CHECK(grid_name(parse_grid(name)) == std::string(name));
   CHECK_THROWS_AS(parse_grid("int5"), Error);
 }

@@ -32,7 +32,8 @@ inline std::vector<float> inputs(int64_t tokens, int64_t k, uint32_t seed) {
   return x;
 }
 
-inline std::vector<float> hessian(const std::vector<float>& x, int64_t tokens, int64_t k, double factor = 2.0) {
+inline std::vector<float> hessian(const std::vector<float>& x, int64_t tokens, int64_t k,
+                                  double factor = 2.0) {
   std::vector<float> h(k * k);
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = 0; j < k; ++j) {
@@ -69,7 +70,8 @@ inline Matrix widen(const std::vector<float>& a) { return Matrix(a.begin(), a.en
 inline double row_loss(const float* w, const float* q, const std::vector<float>& h, int64_t k) {
   double sum = 0;
   for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = 0; j < k; ++j) sum += (double(w[i]) - q[i]) * double(h[i * k + j]) * (double(w[j]) - q[j]);
+    for (int64_t j = 0; j < k; ++j)
+      sum += (double(w[i]) - q[i]) * double(h[i * k + j]) * (double(w[j]) - q[j]);
   return sum;
 }
 

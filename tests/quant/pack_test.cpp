@@ -21,7 +21,8 @@ TEST_CASE("nibbles: even column low, odd rows padded with zero, and back") {
 TEST_CASE("packed and read by the kernels: the solver's own values") {
   const int64_t n = 9, k = 75;
   const auto w = oracle::gaussian(n * k, 1, 0.3f);
-  for (GridKind grid : {GridKind::kSym7, GridKind::kSym8, GridKind::kHalf, GridKind::kSigned, GridKind::kInt8}) {
+  for (GridKind grid :
+       {GridKind::kSym7, GridKind::kSym8, GridKind::kHalf, GridKind::kSigned, GridKind::kInt8}) {
     for (int64_t group : {32, 64, 0}) {
       SolveOptions o;
       o.grid = grid;
@@ -53,7 +54,8 @@ TEST_CASE("tables: fp16, int8 and int4 within a step, slab by slab") {
   CHECK(error(Format::kQ4) > error(Format::kQ8));
   std::vector<float> big = values;
   big[77] = 65519.0f;
-  CHECK_THROWS_AS(pack_table(make_weight_f32("head", n, k, big), Format::kF16, nullptr, nullptr, one_thread_team), Error);
+  CHECK_THROWS_AS(
+      pack_table(make_weight_f32("head", n, k, big), Format::kF16, nullptr, nullptr, one_thread_team), Error);
 }
 
 TEST_CASE("report: a block survives its JSON, moments of known weights") {
@@ -68,7 +70,7 @@ TEST_CASE("report: a block survives its JSON, moments of known weights") {
   l.loss = {1.5, 0.1, 0.2, 0.3, 0.04, 0.05};
   l.fallback = "why";
   const std::vector<float> w = {-1, 1, -1, 1, 3, -3, 0, 0};
-  l.weights = weight_shape(w.data(), 8);
+  l.weights = weight_shape(w.data(), 8, oracle::parts(2));
   b.linears.push_back(l);
   CHECK(to_json(block_report(to_json(b))) == to_json(b));
   CHECK(l.weights.mean == 0.0);

@@ -21,7 +21,7 @@ QuantizeOptions options() {
   return o;
 }
 
-double sum_of(const tiny::Result& r, double LossSummary::* what) {
+double sum_of(const tiny::Result& r, double LossSummary::*what) {
   double s = 0;
   for (const BlockReport& b : r.blocks)
     for (const LinearReport& l : b.linears) s += l.loss.*what;
@@ -41,7 +41,8 @@ TEST_CASE("a block in pieces is the block of the whole graph") {
   const auto backend = make_cpu_backend(2);
   LlamaBlock& b = m.weights.blocks[0];
   fill_rope(m, 16);
-  std::vector<Weight*> weights = {&b.attn_norm, &b.qkv, &b.o, &b.mlp_norm, &b.gate_up, &b.down, &m.weights.rope};
+  std::vector<Weight*> weights = {&b.attn_norm, &b.qkv,  &b.o,           &b.mlp_norm,
+                                  &b.gate_up,   &b.down, &m.weights.rope};
   backend->load(weights);
   const int64_t tokens = 32;  // two sequences of 16
   std::vector<float> x = oracle::gaussian(tokens * m.config.dim, 4);

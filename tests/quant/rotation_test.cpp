@@ -14,14 +14,16 @@ std::vector<double> dense(const Rotation& r) {  // R by its definition
   std::vector<double> m(r.dim * r.dim);
   for (int64_t a = 0; a < r.dim; ++a)
     for (int64_t b = 0; b < r.dim; ++b) {
-      const double h = (__builtin_popcountll(uint64_t(a / r.m) & uint64_t(b / r.m)) % 2 ? -1.0 : 1.0) / std::sqrt(double(p));
+      const double h = (__builtin_popcountll(uint64_t(a / r.m) & uint64_t(b / r.m)) % 2 ? -1.0 : 1.0) /
+                       std::sqrt(double(p));
       m[a * r.dim + b] = r.signs[a] * h * r.factor[a % r.m * r.m + b % r.m];
     }
   return m;
 }
 
 // One block on a residual stream (T, D) in double; rope left out (it acts on q and k, which are not rotated).
-std::vector<double> block(const LlamaConfig& c, const BlockWeights& b, std::vector<double> x, int64_t tokens) {
+std::vector<double> block(const LlamaConfig& c, const BlockWeights& b, std::vector<double> x,
+                          int64_t tokens) {
   const auto norm = [&](const std::vector<double>& v, const std::vector<float>& gain) {
     std::vector<double> y(v.size());
     for (int64_t t = 0; t < tokens; ++t) {
@@ -54,7 +56,8 @@ std::vector<double> block(const LlamaConfig& c, const BlockWeights& b, std::vect
       }
       for (int64_t s = 0; s <= t; ++s)
         for (int64_t j = 0; j < c.head_dim; ++j)
-          mixed[t * c.q_dim() + h * c.head_dim + j] += p[s] / sum * qkv[s * c.qkv_dim() + c.q_dim() + c.kv_dim() + kv + j];
+          mixed[t * c.q_dim() + h * c.head_dim + j] +=
+              p[s] / sum * qkv[s * c.qkv_dim() + c.q_dim() + c.kv_dim() + kv + j];
     }
   }
   const auto attn = linear(mixed, b.o, c.dim, c.q_dim());
@@ -136,5 +139,6 @@ TEST_CASE("folded into a block, the function is unchanged") {
   };
   const std::vector<double> start(x.begin(), x.end());
   const auto expected = apply(block(c, b, start, tokens)), got = block(c, turned, apply(start), tokens);
-  for (size_t i = 0; i < got.size(); ++i) CHECK(got[i] == doctest::Approx(expected[i]).epsilon(1e-5).scale(1.0));
+  for (size_t i = 0; i < got.size(); ++i)
+    CHECK(got[i] == doctest::Approx(expected[i]).epsilon(1e-5).scale(1.0));
 }

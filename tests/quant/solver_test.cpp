@@ -40,7 +40,8 @@ SolveOptions options(GridKind grid, int64_t group, bool search, bool refine) {
   return o;
 }
 
-const GridKind kGrids[] = {GridKind::kSym7, GridKind::kSym8, GridKind::kHalf, GridKind::kSigned, GridKind::kInt8};
+const GridKind kGrids[] = {GridKind::kSym7, GridKind::kSym8, GridKind::kHalf, GridKind::kSigned,
+                           GridKind::kInt8};
 
 }  // namespace
 
@@ -62,8 +63,10 @@ TEST_CASE("each step lowers the loss: rounding > GPTQ > refined, on every grid a
   const Case c(30, 172, 3);
   for (GridKind grid : kGrids) {
     for (int64_t group : {32, 64, 128, 0}) {
-      const QuantizedLinear plain = solve(c.problem(), c.factor(), options(grid, group, true, false), one_thread_team);
-      const QuantizedLinear fine = solve(c.problem(), c.factor(), options(grid, group, true, true), one_thread_team);
+      const QuantizedLinear plain =
+          solve(c.problem(), c.factor(), options(grid, group, true, false), one_thread_team);
+      const QuantizedLinear fine =
+          solve(c.problem(), c.factor(), options(grid, group, true, true), one_thread_team);
       const LossSummary s = summarize(plain.rows, c.k, 0, c.n);
       CHECK(s.relative < 0.7 * s.rtn_relative);
       CHECK(total(fine) < total(plain));
@@ -102,7 +105,8 @@ TEST_CASE("GPTQ against the textbook: one column at a time on the inverse Hessia
 TEST_CASE("against brute force on a tiny case") {
   for (uint32_t seed = 0; seed < 12; ++seed) {
     const Case c(1, 4, 100 + seed);
-    const QuantizedLinear q = solve(c.problem(), c.factor(), options(GridKind::kSigned, 0, true, true), one_thread_team);
+    const QuantizedLinear q =
+        solve(c.problem(), c.factor(), options(GridKind::kSigned, 0, true, true), one_thread_team);
     const Levels l = grid_levels(q.grid);
     const float s = half_to_float(q.scales[0]);
     const auto h = c.factor().h;
@@ -265,7 +269,8 @@ TEST_CASE("the same bits for every number of threads, rows are independent") {
 TEST_CASE("losses: the report's sums against f64") {
   const Case c(7, 75, 23);
   const HessianFactor f = c.factor();
-  const QuantizedLinear q = solve(c.problem(), f, options(GridKind::kSigned, 32, true, true), one_thread_team);
+  const QuantizedLinear q =
+      solve(c.problem(), f, options(GridKind::kSigned, 32, true, true), one_thread_team);
   const auto v = oracle::values(q);
   const std::vector<float> zero(c.k, 0.0f);
   double loss = 0, error = 0, weight = 0;
@@ -292,12 +297,14 @@ TEST_CASE("the seed's method: levels, zero points, and its loss above the static
       std::vector<float> group;
       for (int64_t rank = 64; rank < 128; ++rank) group.push_back(r.values[i * c.k + f.order[rank]]);
       std::sort(group.begin(), group.end());
-      group.erase(std::unique(group.begin(), group.end(), [](float a, float b) { return std::fabs(a - b) < 1e-6f; }),
-                  group.end());
+      group.erase(
+          std::unique(group.begin(), group.end(), [](float a, float b) { return std::fabs(a - b) < 1e-6f; }),
+          group.end());
       CHECK(group.size() <= (grid == GridKind::kSym7 ? 15u : 16u));
     }
     if (grid == GridKind::kSym7) {
-      const QuantizedLinear ours = solve(c.problem(), f, options(GridKind::kSigned, 64, true, true), one_thread_team);
+      const QuantizedLinear ours =
+          solve(c.problem(), f, options(GridKind::kSigned, 64, true, true), one_thread_team);
       CHECK(summarize(ours.rows, c.k, 0, c.n).relative < s.relative);
     }
     CHECK(seed_solve(c.w.data(), c.n, f, grid, 64, oracle::parts(3)).values == r.values);
