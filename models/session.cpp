@@ -28,13 +28,13 @@ namespace {
 // Bytes of logits that a prefill step computes at most: feed_all() wants many rows, and a vocabulary is wide.
 constexpr int64_t kMaxLogitBytes = 64 << 20;
 
-SessionOptions complete(const LlamaModel& m, SessionOptions o) {
+SessionOptions complete(const LlamaModel& m, const Backend& b, SessionOptions o) {
   if (o.ctx == 0) o.ctx = std::min<int64_t>(4096, m.config.context);
   if (o.ctx < 1 || o.ctx > m.config.context)
     throw Error(ErrorKind::kUsage, "context " + std::to_string(o.ctx) + ": the model allows 1.." +
                                        std::to_string(m.config.context));
-  if (o.sequences < 1 || o.chunk < 1) throw Error(ErrorKind::kUsage, "sequences and chunk must be at least 1");
-  o.chunk = std::max<int64_t>(std::min(o.chunk, o.ctx), 1);
+  if (o.sequences < 1 || o.chunk < 0) throw Error(ErrorKind::kUsage, "sequences must be at least 1, chunk not negative");
+  o.chunk = std::min(o.chunk ? o.chunk : b.prompt_step(), o.ctx);
   return o;
 }
 
@@ -80,7 +80,7 @@ KvType default_kv(const LlamaModel& m, const Backend& b) {
 }
 
 MemoryPlan Session::plan(LlamaModel& m, Backend& b, SessionOptions o) {
-  o = complete(m, o);
+  o = complete(m, b, o);
   MemoryPlan p;
   for (const Weight* w : all_weights(m.weights)) p.weights += b.weight_bytes(*w);
   p.kv = cache_of(m, o).bytes();
@@ -93,7 +93,7 @@ MemoryPlan Session::plan(LlamaModel& m, Backend& b, SessionOptions o) {
 }
 
 Session::Session(LlamaModel& model, Backend& backend, SessionOptions options)
-    : model_(model), backend_(backend), options_(complete(model, options)), kv_(cache_of(model, options_)),
+    : model_(model), backend_(backend), options_(complete(model, backend, options)), kv_(cache_of(model, options_)),
       lengths_(size_t(options_.sequences)) {
   fill_rope(model, options_.ctx);
   memory_ = plan(model, backend, options_);

@@ -16,7 +16,7 @@ namespace q4s {
 struct SessionOptions {
   int64_t ctx = 0;            // positions a sequence can hold; 0: the smaller of 4096 and the model's
   int sequences = 1;
-  int64_t chunk = 512;        // tokens of a prefill step
+  int64_t chunk = 0;          // tokens of a prefill step; 0: what suits the backend
   KvType kv = KvType::kF16;   // default_kv() unless asked otherwise
   LoadProgress progress = {};    // while weights are brought to the device
 };

@@ -83,6 +83,8 @@ class Backend {
 
   // Bytes per second of the best read-only sweep over memory; measured on the first call.
   virtual double read_bandwidth() = 0;
+  // Tokens of one step of a long prompt that make good use of it.
+  virtual int64_t prompt_step() const { return 512; }
   // Whether generation should build fused graphs.
   virtual bool fuses() const { return false; }
 

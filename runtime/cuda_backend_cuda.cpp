@@ -114,6 +114,7 @@ class CudaBackend final : public Backend {
 
   cudaStream_t stream() const { return stream_.get(); }
 
+  int64_t prompt_step() const override { return 2048; }
   bool fuses() const override { return true; }
   double read_bandwidth() override {
     if (read_bandwidth_ == 0)

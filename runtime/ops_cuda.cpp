@@ -1,6 +1,6 @@
 #include "runtime/ops_cuda.h"
 
-#include <cassert>
+#include <stdexcept>
 
 #include "kernels/attention_decode.h"
 #include "kernels/attention_prefill.h"
@@ -22,6 +22,20 @@ size_t workspace_bytes(int multiprocessors) {
   return 4096 + size_t(multiprocessors) * 128 * 256 * sizeof(float);
 }
 
+// Whether the rows of w are packed as a kernel with this epilogue needs them.
+bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
+  static constexpr RowMap kMaps[] = {RowMap::kPlain, RowMap::kPairHalves, RowMap::kRope};
+  return w.tiled && w.tiles.layout.map == kMaps[int(epilogue)];
+}
+
+bool few(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
+  const int64_t most = w.tiles.layout.bits > 4 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
+  return packed_for(w, epilogue) && rows <= most && linear_decode_supported(w.tiles.layout);
+}
+bool many(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
+  return packed_for(w, epilogue) && w.view.format == Format::kQ4 && !few(w, epilogue, rows);
+}
+
 // Working memory of one node beside its inputs and result. The workspace of split products comes first, the
 // same for every node of every graph: its head holds counters that each product leaves at zero for the next.
 struct Scratch {
@@ -32,9 +46,14 @@ struct Scratch {
       : norm(workspace), product(norm), rest(norm), bytes(norm) {
     if (t.op != Op::kLinear) return;
     const DeviceMatrix w = device_matrix_of(*t.weight);
+    const size_t operand = aligned(rows * q4_gemm_pitch(w.view.k) * 2);
+    if (few(w, t.epilogue, rows) || many(w, t.epilogue, rows)) {  // and so for any fewer rows
+      bytes = rest + operand;
+      return;
+    }
     product = norm + (t.gain ? aligned(rows * w.view.k * 4) : 0);
     rest = product + (t.epilogue != Epilogue::kNone ? aligned(rows * w.view.n * 4) : 0);
-    bytes = rest + std::max(DenseCuda::scratch_bytes(w, rows), aligned(rows * q4_gemm_pitch(w.view.k) * 2));
+    bytes = rest + std::max(DenseCuda::scratch_bytes(w, rows), operand);
   }
 };
 
@@ -69,20 +88,6 @@ void rope_kv(const Tensor& t, const float* qkv, const Weight& table, float* q, c
                 t.head.kv_heads,
                 t.head.head_dim},
                s.stream);
-}
-
-// Whether the rows of w are packed as a kernel with this epilogue needs them.
-bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
-  static constexpr RowMap kMaps[] = {RowMap::kPlain, RowMap::kPairHalves, RowMap::kRope};
-  return w.tiled && w.tiles.layout.map == kMaps[int(epilogue)];
-}
-
-bool few(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
-  const int64_t most = w.tiles.layout.bits > 4 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
-  return packed_for(w, epilogue) && rows <= most && linear_decode_supported(w.tiles.layout);
-}
-bool many(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
-  return packed_for(w, epilogue) && w.view.format == Format::kQ4 && !few(w, epilogue, rows);
 }
 
 // Whether attention goes by tiles of queries.
@@ -136,7 +141,8 @@ bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, floa
   const int64_t rows = s.counts.of(t.rows);
   if (!many(w, epilogue, rows)) return false;
   const Q4GemmConfig config = q4_gemm_config({rows, w.tiles.layout, s.multiprocessors, s.hopper});
-  assert(config.workspace_bytes <= workspace_bytes(s.multiprocessors));
+  if (config.workspace_bytes > workspace_bytes(s.multiprocessors))
+    throw std::logic_error("workspace of a product: " + config.print());
   const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
   uint16_t* x = reinterpret_cast<uint16_t*>(s.scratch + at.rest);
   if (stored_half(*t.src[0], s))
