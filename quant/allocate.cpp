@@ -91,7 +91,7 @@ std::vector<UnitChoices> try_formats(LlamaModel& m, Backend& backend, const Quan
   sink.progress = progress;
   sink.solved = [&](const SolvedUnit& s) {
     const int64_t n = s.n, k = s.k;
-    UnitChoices c{s.block, s.unit, 1.0, {}, 0};
+    UnitChoices c{s.block, s.unit, 1.0, 0.0, {}, 0};
     const auto add = [&](const Format4& f, const std::vector<RowLoss>& rows) {
       const LossSummary l = summarize(rows, k, 0, n);
       c.candidates.push_back({f, format_bytes(n, k, f), l.loss, l.target});
@@ -204,7 +204,8 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
         reference = logits(l, moved.get());
       }
       UnitChoices& choice = choices.at(size_t(l * 4 + int64_t(u)));
-      choice.effect = error > 0 ? mean_kl(reference, got, c.vocab, team) / error : 0.0;
+      choice.alone = mean_kl(reference, got, c.vocab, team);
+      choice.effect = error > 0 ? choice.alone / error : 0.0;
       if (progress) progress(l * 4 + int64_t(u) + 1, c.layers * 4);
     }
     runner.set(w);

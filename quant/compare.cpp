@@ -154,7 +154,7 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
   const LlamaConfig& c = source.config;
   const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
   const auto session_of = [&](LlamaModel& m) {
-    return std::make_unique<Session>(m, backend, SessionOptions{.ctx = text.ctx, .kv = KvType::kF32});
+    return std::make_unique<Session>(m, backend, SessionOptions{.ctx = text.ctx, .kv = default_kv(m, backend)});
   };
   const std::unique_ptr<Session> reference = session_of(source);
   const auto measure = [&](VersionResult& v, LlamaModel& m) {

@@ -151,13 +151,14 @@ Json choose_formats(const Cli& cli, LlamaModel& model, Backend& backend, const Q
     });
     choose_by_budget(choices, model.config, cli.get_real("bpw"));
   }
-  Json formats = Json::object();
+  Json formats = Json::object(), effects = Json::object();
   for (const UnitChoices& c : choices) {
+    if (c.alone > 0) effects[unit_name(c.block, c.unit)] = {{"kl_alone", c.alone}, {"effect", c.effect}};
     if (c.chosen == 0) continue;
     const Format4& f = c.candidates[c.chosen].format;
     formats[unit_name(c.block, c.unit)] = f.grid == GridKind::kInt8 ? "q8" : "g" + std::to_string(f.group);
   }
-  return formats;
+  return {{"formats", formats}, {"effects", effects}};
 }
 
 // --compare-grids: the table on stdout, everything behind it into --report.
@@ -304,13 +305,13 @@ int quantize(const Cli& cli) {
 
   const QuantizedFrame frame = quantize_frame(model, options, team);
   // Formats chosen by measurement count before those of --tensor.
-  Json formats = Json::object();
+  Json choice = {{"formats", Json::object()}, {"effects", Json::object()}};
   if (!writer.notes().empty())
-    formats = Json::parse(writer.notes()[0])["formats"];
+    choice = Json::parse(writer.notes()[0])["choice"];
   else if (cli.given("observe") || cli.given("bpw"))
-    formats = choose_formats(cli, model, *backend, frame, calibration, options);
+    choice = choose_formats(cli, model, *backend, frame, calibration, options);
   std::vector<std::pair<std::regex, Format4>> chosen_formats;
-  for (const auto& [name, format] : formats.items())
+  for (const auto& [name, format] : choice["formats"].items())
     chosen_formats.emplace_back(exact_pattern(name), parse_format("bpw", format, options.solve.grid));
   options.special.insert(options.special.begin(), chosen_formats.begin(), chosen_formats.end());
   lap("formats");
@@ -324,7 +325,7 @@ int quantize(const Cli& cli) {
   if (writer.notes().empty()) {
     Json first = samples ? calibration_json(calibration) : Json::object();
     if (samples && self_written) first["ids"] = calibration.tokens;
-    first["formats"] = formats;
+    first["choice"] = choice;
     writer.checkpoint(first.dump());
   }
   lap("embedding");
@@ -364,6 +365,7 @@ int quantize(const Cli& cli) {
   writer.add_blob("tokenizer", {reinterpret_cast<const uint8_t*>(tokenizer.data()), tokenizer.size()});
   writer.set_config(config_to_json(frame.config));
   report.options = chosen.dump();
+  report.effects = choice["effects"].dump();
   report.calibration = samples ? calibration_json(calibration).dump() : "{}";
   report.bits_per_weight = planned_bits(c, options);
   writer.set_provenance(Json{{"tool", std::string("llama-quant ") + Q4S_VERSION},

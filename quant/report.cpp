@@ -151,7 +151,8 @@ std::string to_json(const Report& r) {
             {"bits_per_weight", r.bits_per_weight},
             {"size_bytes", r.size_bytes},
             {"options", Json::parse(r.options)},
-            {"calibration", Json::parse(r.calibration)}};
+            {"calibration", Json::parse(r.calibration)},
+            {"effects", Json::parse(r.effects)}};
   j["stages"] = Json::object();
   for (const auto& [name, seconds] : r.stages) j["stages"][name] = seconds;
   j["peak_bytes"] = r.peak_bytes;

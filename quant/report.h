@@ -40,10 +40,11 @@ struct BlockReport {
 
 struct Report {
   std::vector<BlockReport> blocks;
-  double bits_per_weight = 0;                          // of the blocks' linears, scales included
-  int64_t size_bytes = 0;                              // of the file
-  std::string options;                                 // JSON object
-  std::string calibration;                             // JSON object
+  double bits_per_weight = 0;  // of the blocks' linears, scales included
+  int64_t size_bytes = 0;      // of the file
+  std::string options;         // JSON object
+  std::string calibration;     // JSON object
+  std::string effects = "{}";  // JSON object by tensor: KL with that linear alone rounded; --bpw only
   std::vector<std::pair<std::string, double>> stages;  // seconds
   int64_t peak_bytes = 0;                              // resident, as the system counts it
 };

@@ -5,7 +5,9 @@ usage: scripts/plot_report.py REPORT.json OUTDIR [--format png|svg]
 
 REPORT is what `llama-quant --report` wrote: of one run, or of --compare-grids (then every version is drawn).
 Figures: loss by block with one line a projection (absolute and relative), versions compared, the weights'
-histogram with its fitted normal, and where the bits went. Needs matplotlib (Debian: python3-matplotlib).
+histogram with its fitted normal, where the bits went, and (after --bpw) what each linear does to the output. A table
+by thirds of the model goes to stdout: do deeper blocks, the MLP or o_proj stand out, and are weights symmetric?
+Needs matplotlib (Debian: python3-matplotlib).
 """
 import argparse
 import json
@@ -112,6 +114,46 @@ def bits_figure(blocks, folder, form):
     save(figure, folder, "bits", form)
 
 
+def effects_figure(effects, folder, form):
+    """KL of the output with one linear alone rounded to nearest, measured."""
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for unit in ("qkv", "o", "gate_up", "down"):
+        points = sorted((int(name.split(".")[1]), e["kl_alone"]) for name, e in effects.items()
+                        if name.endswith("." + unit))
+        axis.plot(*zip(*points), marker=".", label=unit)
+    axis.set_yscale("log")
+    axis.set_xlabel("block")
+    axis.set_title("KL of the output with this linear alone rounded to nearest")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    save(figure, folder, "effects", form)
+
+
+def thirds_table(blocks, effects):
+    """Means over the first, middle and last third of the blocks."""
+    n = len(blocks)
+    thirds = [blocks[: n // 3], blocks[n // 3 : n - n // 3], blocks[n - n // 3 :]]
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values) if values else float("nan")
+
+    print("| projection | absolute loss, by thirds | relative loss, by thirds | skew | kurtosis |")
+    print("|---|---|---|---|---|")
+    for projection in PROJECTIONS:
+        rows = [[l for b in third for l in b["linears"] if l["name"] == projection] for third in thirds]
+        every = [l for third in rows for l in third]
+        print(f"| {projection} | " + " / ".join(f"{mean(l['loss'] for l in r):.3g}" for r in rows) + " | "
+              + " / ".join(f"{mean(l['relative_loss'] for l in r):.2g}" for r in rows)
+              + f" | {mean(l['weights']['skew'] for l in every):+.3f} | {mean(l['weights']['kurtosis'] for l in every):.2f} |")
+    if not effects:
+        return
+    print("\n| linear | KL with it alone rounded, by thirds |\n|---|---|")
+    for unit in ("qkv", "o", "gate_up", "down"):
+        values = [[effects[f"blk.{b['block']}.{unit}"]["kl_alone"] for b in third] for third in thirds]
+        print(f"| {unit} | " + " / ".join(f"{mean(v):.3g}" for v in values) + " |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report")
@@ -128,10 +170,14 @@ def main():
         for i, v in enumerate(report["versions"]):
             by_block(v["blocks"], v["name"], args.outdir, f"loss_{i}", args.format)
         weights_figure(report["versions"][0]["blocks"], args.outdir, args.format)
+        thirds_table(report["versions"][0]["blocks"], {})
         return
     by_block(report["blocks"], os.path.basename(args.report), args.outdir, "loss", args.format)
     weights_figure(report["blocks"], args.outdir, args.format)
     bits_figure(report["blocks"], args.outdir, args.format)
+    if report["effects"]:
+        effects_figure(report["effects"], args.outdir, args.format)
+    thirds_table(report["blocks"], report["effects"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ std::vector<UnitChoices> made_up() {
   const double effects[] = {1, 10, 1, 100};
   std::vector<UnitChoices> all;
   for (Unit u : kUnits) {
-    UnitChoices c{0, u, effects[int(u)], {}, 0};
+    UnitChoices c{0, u, effects[int(u)], 0.0, {}, 0};
     for (int i = 0; i < 3; ++i)
       c.candidates.push_back(
           {{GridKind::kSigned, 128 >> i}, 1000 + 100 * i, 8.0 / (1 << i), 1.0 / (1 << 2 * i)});
@@ -106,6 +106,7 @@ TEST_CASE("on a model: finer formats lose less, effects are those of a damaged l
   measure_effects(m, *backend, cal, all, nullptr);
   for (const UnitChoices& c : all) {
     CHECK(c.effect > 0);
+    CHECK(c.alone > 0);
     CHECK(std::isfinite(c.effect));
   }
 }
