@@ -65,7 +65,8 @@ TEST_CASE("stories260K: greedy text equals the golden one") {
   LlamaModel model = open_llama(folder);
   const auto backend = make_cpu_backend(2);
   Session session(model, *backend, {.kv = default_kv(model, *backend)});
-  for (const auto& golden : json_of(folder + "/golden_greedy.json")["cases"]) {
+  const nlohmann::json cases = json_of(folder + "/golden_greedy.json").at("cases");
+  for (const auto& golden : cases) {
     const std::string prompt = golden["prompt"];
     const std::vector<int32_t> ids = model.tokenizer->encode_prompt(prompt, true),
                                expected = golden["greedy_ids"];
