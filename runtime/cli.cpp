@@ -60,6 +60,7 @@ void install_signals() {
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
   signal(SIGPIPE, SIG_DFL);  // the reader is gone: end quietly
+  signal(SIGXFSZ, SIG_IGN);  // a file grew past ulimit -f: the write fails with EFBIG, which says which file
 }
 
 }  // namespace
@@ -225,7 +226,7 @@ std::vector<int64_t> integer_list(const std::string& option, const std::string& 
 namespace {
 [[noreturn]] void output_failed() {
   const int error = errno;
-  throw Error(error == ENOSPC ? ErrorKind::kResource : ErrorKind::kRuntime,
+  throw Error(error == ENOSPC || error == EFBIG ? ErrorKind::kResource : ErrorKind::kRuntime,
               strprintf("cannot write to standard output: %s", std::strerror(error)));
 }
 }  // namespace

@@ -160,6 +160,19 @@ TEST_CASE("outputs: never over a file unasked, never over the input, never half"
   CHECK(contains(nowhere.err, "where"));
 }
 
+TEST_CASE("a file size limit is like a full disk: 4, the file named, nothing half left") {
+  TempFolder dir;
+  TinyModel().write_gguf(dir / "model.gguf");
+  const Finished f = run({"/bin/sh", "-c",
+                          "ulimit -f 8; exec '" + tool("llama-quant") + "' '" + (dir / "model.gguf") + "' '" +
+                              (dir / "out.q4s") + "' --samples 2 --seq-len 16 -q"});
+  CAPTURE(f.err);
+  CHECK(f.code == 4);
+  CHECK(contains(f.err, "out.q4s"));
+  CHECK(contains(f.err, "File too large"));
+  CHECK_FALSE(std::filesystem::exists(dir / "out.q4s"));
+}
+
 TEST_CASE("a .q4s file spoiled: cut, a bit flipped, a header that lies") {
   TempFolder dir;
   TinyModel().write_gguf(dir / "model.gguf");
