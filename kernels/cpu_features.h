@@ -12,6 +12,6 @@ enum class CpuLevel {
 const char* cpu_level_name(CpuLevel);
 CpuLevel best_cpu_level();     // of this machine and operating system
 CpuLevel cpu_level();          // in use: best_cpu_level() unless set
-void set_cpu_level(CpuLevel);  // for tests and benchmarks; at most best_cpu_level(); not while kernels run
+void set_cpu_level(CpuLevel);  // at most best_cpu_level(); not while kernels run, nor between planning and running
 
 }  // namespace q4s

@@ -1,7 +1,9 @@
 // The fast kernels of cpu_kernels.h compiled for one instruction set.
 #include "kernels/simd_attention.h"
 #include "kernels/simd_float.h"
-#include "kernels/simd_int8.h"
+#include "kernels/simd_int8_gemm.h"
+#include "kernels/simd_int8_gemv.h"
+#include "kernels/simd_int8_quantize.h"
 
 namespace q4s {
 

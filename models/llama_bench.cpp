@@ -117,6 +117,7 @@ int run(int argc, char** argv) {
   cli.text("t,threads", "LIST", "0", "CPU threads, 0: all usable cores");
   cli.integer("r,repeat", 5, 1, 10000, "timed runs of each test");
   cli.text("device", "auto|cpu|cuda|cuda:N", "auto", "where to run; auto takes a GPU where one is usable");
+  cli.cpu_level_option();
   cli.flag("json", "one JSON document on stdout");
   if (!cli.parse(argc, argv)) return 0;
   if (cli.given("shape") == cli.given("MODEL"))

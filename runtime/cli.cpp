@@ -14,6 +14,7 @@
 #include <cxxopts.hpp>
 #include <new>
 
+#include "kernels/cpu_features.h"
 #include "runtime/error.h"
 #include "runtime/log.h"
 
@@ -38,6 +39,14 @@ double to_real(const std::string& option, const std::string& text, double low, d
     usage(strprintf("--%s: expected a number from %g to %g, got \"%s\"", option.c_str(), low, high,
                     text.c_str()));
   return value;
+}
+
+void choose_cpu_level(const std::string& name) {
+  for (const CpuLevel level : {CpuLevel::kPortable, CpuLevel::kAvx2, CpuLevel::kAvx512}) {
+    if (name != cpu_level_name(level)) continue;
+    if (level > best_cpu_level()) usage("--cpu-level: this machine has no " + name);
+    set_cpu_level(level);
+  }
 }
 
 // Long name of "c,ctx-size".
@@ -153,6 +162,11 @@ void Cli::positional(const std::string& name, const std::string& help, bool requ
 void Cli::device_options() {
   integer("t,threads", 0, 0, 1024, "CPU threads, 0: all usable cores");
   text("device", "auto|cpu|cuda|cuda:N", "auto", "where to run; auto takes a GPU where one is usable");
+  cpu_level_option();
+}
+
+void Cli::cpu_level_option() {
+  choice("cpu-level", {"auto", "avx512", "avx2", "portable"}, "widest CPU instructions to use");
 }
 
 bool Cli::parse(int argc, char** argv) {
@@ -199,6 +213,7 @@ bool Cli::parse(int argc, char** argv) {
       usage("--" + name + ": expected one of " + all + ", got \"" + option.text + "\"");
     }
   }
+  if (options_.count("cpu-level")) choose_cpu_level(get("cpu-level"));
   for (const std::string& name : positionals_)
     if (options_.at(name).required && !given(name)) usage(name + " is missing; see --help");
   return true;

@@ -30,8 +30,8 @@ class Cli {
                const std::string& help);
   void real(const std::string& names, double fallback, double low, double high, const std::string& help);
   void positional(const std::string& name, const std::string& help, bool required = true);
-  // --threads, --device
-  void device_options();
+  void device_options();    // --threads, --device, --cpu-level
+  void cpu_level_option();  // --cpu-level alone; parse() puts it into effect
 
   // Adds -q, -v, --help, --version and parses. False: help or version was printed, the tool is done. Starts
   // the log. Throws Error(kUsage).

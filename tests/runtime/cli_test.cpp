@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include "kernels/cpu_features.h"
 #include "runtime/error.h"
 #include "runtime/log.h"
 #include "runtime/progress.h"
@@ -77,6 +78,14 @@ TEST_CASE("what is out of range or unknown is a usage error that names the optio
   CHECK(usage_of({"f", "--temp"}).find("temp") != std::string::npos);
   CHECK(usage_of({"f", "t", "u"}).find("\"u\"") != std::string::npos);
   CHECK(usage_of({}).find("FILE is missing") != std::string::npos);
+}
+
+TEST_CASE("--cpu-level takes effect") {
+  Parsed narrow({"f", "--cpu-level", "portable"});
+  CHECK(cpu_level() == CpuLevel::kPortable);
+  set_cpu_level(best_cpu_level());
+  Parsed widest({"f"});
+  CHECK(cpu_level() == best_cpu_level());
 }
 
 TEST_CASE("integer lists") {
