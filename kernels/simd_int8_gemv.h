@@ -26,19 +26,22 @@ F spread(const float* p) {
 #endif
 }
 
+// Codes are fetched this far ahead, into the second cache: the first has too few lines in flight to hide the
+// memory behind four rows at a time, and the hardware does not follow rows this short.
+constexpr int64_t kAhead = 8192;
+
 // R rows from r on, T tokens from t0 on. `per`: weight scales in one vector (group < its columns), else 1.
 template <bool q4, bool half, int per, int T, int R>
-void gemv_rows(const LinearArgs& a, int64_t t0, int64_t r, int64_t prefetch_end) {
+void gemv_rows(const LinearArgs& a, int64_t t0, int64_t r) {
   constexpr int kCols = q4 ? 2 * kBytes : kBytes, kBlocks = kCols > kBlock ? kCols / kBlock : 1;
   constexpr int kQ = q4 ? 2 * kBytes : kBytes;  // activation bytes a vector
   const int64_t k = a.w.k, groups = div_up(k, a.w.group), bytes = q4 ? (k + 1) / 2 : k;
   const int64_t vectors = div_up(k, kCols), per_group = per > 1 ? 1 : div_up(min64(a.w.group, k), kCols);
   const Layout at = token_layout(k);
-  const uint8_t *row[R], *next[R];
+  const uint8_t* row[R];
   const uint16_t* scale[R];
   for (int i = 0; i < R; ++i) {
     row[i] = row_at(a.w, r + i, bytes);
-    next[i] = row_at(a.w, min64(r + R + i, prefetch_end - 1), bytes);
     scale[i] = a.w.scales + (r + i) * groups;
   }
   const int8_t* q[T];
@@ -60,7 +63,7 @@ void gemv_rows(const LinearArgs& a, int64_t t0, int64_t r, int64_t prefetch_end)
       for (int i = 0; i < R; ++i) {
         const uint8_t* p = row[i] + v * kBytes;
         const B codes = left >= kBytes ? load<B>(p) : load_bytes(p, left);
-        __builtin_prefetch(next[i] + v * kBytes);
+        __builtin_prefetch(p + kAhead, 0, 2);
         low[i] = q4 ? low_codes<half>(codes) : q8_codes(codes);
         if (q4) high[i] = high_codes<half>(codes);
       }
@@ -94,8 +97,8 @@ template <bool q4, bool half, int per, int T>
 void gemv_tokens(const LinearArgs& a, int64_t t0, int64_t begin, int64_t end) {
   constexpr int kRows = kW == 16 || T == 1 ? 4 : 2;
   int64_t r = begin;
-  for (; r + kRows <= end; r += kRows) gemv_rows<q4, half, per, T, kRows>(a, t0, r, end);
-  for (; r < end; ++r) gemv_rows<q4, half, per, T, 1>(a, t0, r, end);
+  for (; r + kRows <= end; r += kRows) gemv_rows<q4, half, per, T, kRows>(a, t0, r);
+  for (; r < end; ++r) gemv_rows<q4, half, per, T, 1>(a, t0, r);
 }
 template <bool q4, bool half, int per>
 void gemv_scaled(const LinearArgs& a, int64_t begin, int64_t end) {
