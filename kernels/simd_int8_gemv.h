@@ -26,64 +26,105 @@ F spread(const float* p) {
 #endif
 }
 
-// Codes are fetched this far ahead, into the second cache: the first has too few lines in flight to hide the
-// memory behind four rows at a time, and the hardware does not follow rows this short.
+// Codes are fetched 4 rows ahead, at least this far, and into the second cache: the first has too few lines in
+// flight to hide the memory behind 4 rows at a time, and the hardware does not follow rows this short.
 constexpr int64_t kAhead = 8192;
 
+struct GemvShape {
+  int64_t groups, bytes, vectors, whole;  // of a row; of its vectors, `whole` are full
+  int64_t per_group;                      // vectors
+  int64_t ahead;                          // bytes
+  Layout at;
+};
+
+// Keeps a loaded vector in its register; where it is used twice, GCC would rather load it twice.
+inline void once(B& v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
+
 // R rows from r on, T tokens from t0 on. `per`: weight scales in one vector (group < its columns), else 1.
-template <bool q4, bool half, int per, int T, int R>
-void gemv_rows(const LinearArgs& a, int64_t t0, int64_t r) {
+// single: no group spans more than one vector.
+template <bool q4, bool half, int per, bool single, int T, int R>
+void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t r) {
   constexpr int kCols = q4 ? 2 * kBytes : kBytes, kBlocks = kCols > kBlock ? kCols / kBlock : 1;
   constexpr int kQ = q4 ? 2 * kBytes : kBytes;  // activation bytes a vector
-  const int64_t k = a.w.k, groups = div_up(k, a.w.group), bytes = q4 ? (k + 1) / 2 : k;
-  const int64_t vectors = div_up(k, kCols), per_group = per > 1 ? 1 : div_up(min64(a.w.group, k), kCols);
-  const Layout at = token_layout(k);
   const uint8_t* row[R];
-  const uint16_t* scale[R];
-  for (int i = 0; i < R; ++i) {
-    row[i] = row_at(a.w, r + i, bytes);
-    scale[i] = a.w.scales + (r + i) * groups;
-  }
+  for (int i = 0; i < R; ++i) row[i] = row_at(a.w, r + i, shape.bytes);
   const int8_t* q[T];
-  for (int t = 0; t < T; ++t) q[t] = reinterpret_cast<const int8_t*>(a.scratch + (t0 + t) * at.bytes);
+  for (int t = 0; t < T; ++t) q[t] = reinterpret_cast<const int8_t*>(a.scratch + (t0 + t) * shape.at.bytes);
+
+  // part += vector v of the rows times the tokens.
+  const auto multiply = [&](int64_t v, auto whole, F(&part)[T][R]) __attribute__((always_inline)) {
+    B low[R], high[R];
+    for (int i = 0; i < R; ++i) {
+      const uint8_t* p = row[i] + v * kBytes;
+      B codes = whole ? load<B>(p) : load_bytes(p, shape.bytes - v * kBytes);
+      once(codes);
+      __builtin_prefetch(p + shape.ahead, 0, 2);
+      low[i] = q4 ? low_codes<half>(codes) : q8_codes(codes);
+      if (q4) high[i] = high_codes<half>(codes);
+    }
+    for (int t = 0; t < T; ++t) {
+      const I init = load<I>(q[t] + shape.at.init + v * kBytes);
+      const F s =
+          spread<kBlocks>(reinterpret_cast<const float*>(q[t] + shape.at.scale) + v * kCols / kBlock);
+      for (int i = 0; i < R; ++i) {
+        I dot;
+        if constexpr (q4)
+          dot = dot_q4<half>(init, low[i], high[i], q[t] + v * kQ);
+        else
+          dot = dot_q8(init, low[i], q[t] + v * kQ);
+        part[t][i] = fma(to_float(dot), s, part[t][i]);
+      }
+    }
+  };
+  constexpr std::true_type kWhole;
+  constexpr std::false_type kTail;
 
   constexpr int kScales = 16;  // converted to f32 at a time
   float scales[R][kScales];
-  F total[T][R] = {};
-  for (int64_t first = 0, g = 0; first < vectors; first += per_group, g += per) {
-    if (g % kScales == 0)
-      for (int i = 0; i < R; ++i)
-        for (int64_t j = 0; j < kScales; j += kW)
-          store(&scales[i][j], load_half_n(scale[i] + g + j, clamp64(groups - g - j, 0, kW)));
-    F part[T][R] = {};
-    const int64_t last = min64(vectors, first + per_group);
-    for (int64_t v = first; v < last; ++v) {
-      const int64_t left = bytes - v * kBytes;
-      B low[R], high[R];
-      for (int i = 0; i < R; ++i) {
-        const uint8_t* p = row[i] + v * kBytes;
-        const B codes = left >= kBytes ? load<B>(p) : load_bytes(p, left);
-        __builtin_prefetch(p + kAhead, 0, 2);
-        low[i] = q4 ? low_codes<half>(codes) : q8_codes(codes);
-        if (q4) high[i] = high_codes<half>(codes);
-      }
-      for (int t = 0; t < T; ++t) {
-        const I init = load<I>(q[t] + at.init + v * kBytes);
-        const F s = spread<kBlocks>(reinterpret_cast<const float*>(q[t] + at.scale) + v * kCols / kBlock);
-        for (int i = 0; i < R; ++i) {
-          I dot;
-          if constexpr (q4)
-            dot = dot_q4<half>(init, low[i], high[i], q[t] + v * kQ);
-          else
-            dot = dot_q8(init, low[i], q[t] + v * kQ);
-          part[t][i] = fma(to_float(dot), s, part[t][i]);
-        }
-      }
-    }
+  const auto convert = [&](int64_t g) __attribute__((always_inline)) {  // from group g on
     for (int i = 0; i < R; ++i) {
-      // The last vector of a row may hold fewer groups than `per`: absent scales are 0.
+      const uint16_t* scale = a.w.scales + (r + i) * shape.groups + g;
+      for (int64_t j = 0; j < kScales; j += kW)
+        store(&scales[i][j], load_half_n(scale + j, clamp64(shape.groups - g - j, 0, kW)));
+    }
+  };
+  F total[T][R] = {};
+  // total += part times the scales from group g on. The last vector of a row may hold fewer groups than `per`:
+  // absent scales are 0.
+  const auto weigh = [&](int64_t g, const F(&part)[T][R]) __attribute__((always_inline)) {
+    for (int i = 0; i < R; ++i) {
       const F s = spread<per>(&scales[i][g % kScales]);
       for (int t = 0; t < T; ++t) total[t][i] = fma(part[t][i], s, total[t][i]);
+    }
+  };
+  if constexpr (single) {
+    int64_t v = 0;
+    for (; v < shape.whole; ++v) {
+      if (v * per % kScales == 0) convert(v * per);
+      F part[T][R] = {};
+      multiply(v, kWhole, part);
+      weigh(v * per, part);
+    }
+    if (v < shape.vectors) {
+      if (v * per % kScales == 0) convert(v * per);
+      F part[T][R] = {};
+      multiply(v, kTail, part);
+      weigh(v * per, part);
+    }
+  } else {
+    for (int64_t v = 0, g = 0; v < shape.vectors; ++g) {
+      if (g % kScales == 0) convert(g);
+      F part[T][R] = {};
+      const int64_t last = min64(shape.vectors, v + shape.per_group);
+      for (; v < min64(last, shape.whole); ++v) multiply(v, kWhole, part);
+      for (; v < last; ++v) multiply(v, kTail, part);
+      weigh(g, part);
     }
   }
   for (int t = 0; t < T; ++t)
@@ -93,35 +134,44 @@ void gemv_rows(const LinearArgs& a, int64_t t0, int64_t r) {
     }
 }
 
-template <bool q4, bool half, int per, int T>
-void gemv_tokens(const LinearArgs& a, int64_t t0, int64_t begin, int64_t end) {
+template <bool q4, bool half, int per, bool single, int T>
+void gemv_tokens(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t begin, int64_t end) {
   constexpr int kRows = kW == 16 || T == 1 ? 4 : 2;
   int64_t r = begin;
-  for (; r + kRows <= end; r += kRows) gemv_rows<q4, half, per, T, kRows>(a, t0, r);
-  for (; r < end; ++r) gemv_rows<q4, half, per, T, 1>(a, t0, r);
+  for (; r + kRows <= end; r += kRows) gemv_rows<q4, half, per, single, T, kRows>(a, shape, t0, r);
+  for (; r < end; ++r) gemv_rows<q4, half, per, single, T, 1>(a, shape, t0, r);
 }
-template <bool q4, bool half, int per>
-void gemv_scaled(const LinearArgs& a, int64_t begin, int64_t end) {
+template <bool q4, bool half, int per, bool single>
+void gemv_scaled(const LinearArgs& a, const GemvShape& shape, int64_t begin, int64_t end) {
   int64_t t = 0;
-  for (; t + 4 <= a.tokens; t += 4) gemv_tokens<q4, half, per, 4>(a, t, begin, end);
+  for (; t + 4 <= a.tokens; t += 4) gemv_tokens<q4, half, per, single, 4>(a, shape, t, begin, end);
   switch (a.tokens - t) {
     case 1:
-      return gemv_tokens<q4, half, per, 1>(a, t, begin, end);
+      return gemv_tokens<q4, half, per, single, 1>(a, shape, t, begin, end);
     case 2:
-      return gemv_tokens<q4, half, per, 2>(a, t, begin, end);
+      return gemv_tokens<q4, half, per, single, 2>(a, shape, t, begin, end);
     case 3:
-      return gemv_tokens<q4, half, per, 3>(a, t, begin, end);
+      return gemv_tokens<q4, half, per, single, 3>(a, shape, t, begin, end);
   }
 }
 template <bool q4, bool half>
 void gemv_coded(const LinearArgs& a, int64_t begin, int64_t end) {
   constexpr int kCols = q4 ? 2 * kBytes : kBytes;
-  const int64_t group = a.w.group < a.w.k ? a.w.group : kCols;
+  const int64_t k = a.w.k, bytes = q4 ? (k + 1) / 2 : k;
+  const int64_t group = a.w.group < k ? a.w.group : div_up(k, kCols) * kCols;  // a whole row: in whole vectors
+  const GemvShape shape{.groups = div_up(k, a.w.group),
+                        .bytes = bytes,
+                        .vectors = div_up(k, kCols),
+                        .whole = bytes / kBytes,
+                        .per_group = div_up(group, kCols),
+                        .ahead = kAhead > 4 * bytes ? kAhead : 4 * bytes,
+                        .at = token_layout(k)};
   if constexpr (kCols >= 128)
-    if (group * 4 == kCols) return gemv_scaled<q4, half, 4>(a, begin, end);
+    if (group * 4 == kCols) return gemv_scaled<q4, half, 4, true>(a, shape, begin, end);
   if constexpr (kCols >= 64)
-    if (group * 2 == kCols) return gemv_scaled<q4, half, 2>(a, begin, end);
-  gemv_scaled<q4, half, 1>(a, begin, end);
+    if (group * 2 == kCols) return gemv_scaled<q4, half, 2, true>(a, shape, begin, end);
+  if (group == kCols) return gemv_scaled<q4, half, 1, true>(a, shape, begin, end);
+  gemv_scaled<q4, half, 1, false>(a, shape, begin, end);
 }
 void gemv(const LinearArgs& a, int64_t begin, int64_t end) {
   if (a.w.format == Format::kQ8)
