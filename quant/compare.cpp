@@ -21,19 +21,21 @@ struct Retry {
   std::vector<float> values;  // rows of one projection
   double loss = 0;            // against what was handed in last: what the seed prints
   double honest = 0;          // against the full-precision weights
+  Format4 format;
 };
 
 // Climbs the ladder until the loss is below half of the first. The seed hands in the rows quantised so far,
 // we the full-precision ones.
-Retry climb(const float* w, const std::vector<float>& quantised, double first, int64_t n,
-            const HessianFactor& f, bool as_the_seed, const Team& team) {
-  Retry r{quantised, first, 0};
+Retry climb(const float* w, const std::vector<float>& quantised, double first, const Format4& format,
+            int64_t n, const HessianFactor& f, bool as_the_seed, const Team& team) {
+  Retry r{quantised, first, 0, format};
   for (const Format4& step : kLadder) {
     if (r.loss < first / 2) break;
     const std::vector<float> input = as_the_seed ? r.values : std::vector<float>(w, w + n * f.k);
     SeedResult s = seed_solve(input.data(), n, f, step.grid, step.group, team);
     r.loss = summarize(s.rows, f.k, 0, n).loss;
     r.values = std::move(s.values);
+    r.format = step;
   }
   r.honest = summarize(row_losses(w, r.values.data(), f, n, team), f.k, 0, n).loss;
   return r;
@@ -60,8 +62,11 @@ class WorstSeen {
       const float* w = s.w.data() + p.begin * k;
       const std::vector<float> q(s.result.values.begin() + p.begin * k, s.result.values.begin() + p.end * k);
       const HessianFactor& f = s.solver.fetch();
-      entries_.push_back(
-          {s.block, p, loss, climb(w, q, loss, n, f, true, team), climb(w, q, loss, n, f, false, team)});
+      const Format4 format{s.options.grid, s.options.group};
+      const auto retry = [&](bool as_the_seed) {
+        return climb(w, q, loss, format, n, f, as_the_seed, team);
+      };
+      entries_.push_back({s.block, p, loss, retry(true), retry(false)});
       std::stable_sort(entries_.begin(), entries_.end(),
                        [](const Entry& a, const Entry& b) { return a.first > b.first; });
       if (int64_t(entries_.size()) > count_) entries_.pop_back();
@@ -87,15 +92,17 @@ void sum_up(VersionResult& v) {
   }
 }
 
-double bits_of(const LlamaConfig& c, const QuantizeOptions& o) {
-  double bits = 0;
-  for (Unit u : kUnits) {
-    const double n = double(unit_rows(c, u)), k = double(unit_columns(c, u));
-    const double group = o.solve.group == 0 ? k : std::min(double(o.solve.group), k);
-    bits += n * (4 * k +
-                 double(ceil_div(int64_t(k), int64_t(group))) * (o.solve.grid == GridKind::kAsym ? 20 : 16));
+// Bits a weight of what was quantised: codes, fp16 scales, and zero points where the grid has them.
+double bits_of(const std::vector<BlockReport>& blocks) {
+  double bits = 0, weights = 0;
+  for (const BlockReport& b : blocks) {
+    for (const LinearReport& l : b.linears) {
+      const double scale = l.grid == grid_name(GridKind::kAsym) ? 20 : 16;
+      bits += double(l.n) * (l.bits * double(l.k) + scale * double(ceil_div(l.k, l.group)));
+      weights += double(l.n * l.k);
+    }
   }
-  return bits * double(c.layers) / double(c.linear_weights());
+  return bits / weights;
 }
 
 }  // namespace
@@ -159,6 +166,7 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
   const std::unique_ptr<Session> reference = session_of(source);
   const auto measure = [&](VersionResult& v, LlamaModel& m) {
     sum_up(v);
+    v.bits = bits_of(v.blocks);
     const std::unique_ptr<Session> session = session_of(m);
     v.output = perplexity(text, *session, reference.get(), backend.pool(),
                           [&](int64_t w, double) { progress(v.name + ", output", w, text.chunks); });
@@ -167,7 +175,6 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
   const auto run = [&](const std::string& name, const QuantizeOptions& o, WorstSeen* observer) {
     VersionResult v;
     v.name = name;
-    v.bits = bits_of(c, o);
     const QuantizedFrame frame = quantize_frame(source, o, team);
     AnalysisModel analysis(source, frame);
     QuantizeSink sink;
@@ -188,8 +195,13 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
       for (const WorstSeen::Entry& e : observer->entries()) {
         const Retry& retry = as_the_seed ? e.seed : e.right;
         analysis.set_rows(e.block, e.projection.unit, e.projection.begin, retry.values);
-        for (LinearReport& l : w.blocks[e.block].linears)
-          if (l.name == e.projection.name) l.loss.loss = retry.honest;
+        for (LinearReport& l : w.blocks[e.block].linears) {
+          if (l.name != e.projection.name) continue;
+          l.loss.loss = retry.honest;
+          l.group = retry.format.group == 0 ? l.k : std::min(retry.format.group, l.k);
+          l.grid = grid_name(retry.format.grid);
+          l.bits = grid_bits(retry.format.grid);
+        }
       }
       if (as_the_seed) {  // as printed: retried linears with the loss against what was quantised before
         VersionResult printed = w;
