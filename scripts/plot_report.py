@@ -32,7 +32,7 @@ def series(blocks, projection, key):
 def save(figure, folder, name, form):
     path = os.path.join(folder, f"{name}.{form}")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
     print(path)
 
@@ -40,7 +40,7 @@ def save(figure, folder, name, form):
 def by_block(blocks, title, folder, name, form):
     """The seed's figure, absolute on the left, relative beside it."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
-    for axis, key, label in ((axes[0], "loss", "absolute loss ½ tr(ΔW H ΔWᵀ)"),
+    for axis, key, label in ((axes[0], "loss", "absolute loss ½ tr(ΔW (H + λI) ΔWᵀ)"),
                              (axes[1], "relative_loss", "relative loss")):
         for projection in PROJECTIONS:
             points = series(blocks, projection, key)
@@ -64,7 +64,9 @@ def versions_figure(versions, folder, form):
     axes[0].set_yscale("log")
     axes[0].set_xlabel("block")
     axes[0].set_title("absolute loss of a block")
-    axes[0].legend(fontsize=7)
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(low, high * 10)  # room for the legend
+    axes[0].legend(fontsize=7, loc="upper left")
     axes[0].grid(alpha=0.3)
     names = [f'{v["name"]}\nPPL {v["ppl"]:.2f}' for v in versions]
     axes[1].barh(names, [v["kl_mean"] for v in versions])
@@ -92,7 +94,7 @@ def weights_figure(blocks, folder, form):
         axis.set_yscale("log")
         axis.set_ylim(1e-5, 1)
     axes.flat[-1].axis("off")
-    figure.suptitle("weights in units of their deviation (line: the normal fit)")
+    figure.suptitle("weights in units of their deviation (line: the normal fit; the outer bars hold what lies beyond)")
     save(figure, folder, "weights", form)
 
 
@@ -129,8 +131,25 @@ def effects_figure(effects, folder, form):
     save(figure, folder, "effects", form)
 
 
+def rank_correlation(points):
+    """Spearman's, of block and value."""
+
+    def ranks(values):
+        order = sorted(range(len(values)), key=lambda i: values[i])
+        result = [0] * len(values)
+        for rank, i in enumerate(order):
+            result[i] = rank
+        return result
+
+    n = len(points)
+    if n < 2:
+        return float("nan")
+    a, b = ranks([p[0] for p in points]), ranks([p[1] for p in points])
+    return 1 - 6 * sum((x - y) ** 2 for x, y in zip(a, b)) / (n * (n * n - 1))
+
+
 def thirds_table(blocks, effects):
-    """Means over the first, middle and last third of the blocks."""
+    """Means over the first, middle and last third of the blocks; how far block and loss rise together."""
     n = len(blocks)
     thirds = [blocks[: n // 3], blocks[n // 3 : n - n // 3], blocks[n - n // 3 :]]
 
@@ -138,13 +157,18 @@ def thirds_table(blocks, effects):
         values = list(values)
         return sum(values) / len(values) if values else float("nan")
 
-    print("| projection | absolute loss, by thirds | relative loss, by thirds | skew | kurtosis |")
-    print("|---|---|---|---|---|")
+    total = sum(l["loss"] for b in blocks for l in b["linears"])
+    print("| projection | share | absolute loss, by thirds | rank correlation with depth | relative loss, by thirds | "
+          "rank correlation with depth | skew | kurtosis |")
+    print("|---|---|---|---|---|---|---|---|")
     for projection in PROJECTIONS:
         rows = [[l for b in third for l in b["linears"] if l["name"] == projection] for third in thirds]
         every = [l for third in rows for l in third]
-        print(f"| {projection} | " + " / ".join(f"{mean(l['loss'] for l in r):.3g}" for r in rows) + " | "
+        print(f"| {projection} | {sum(l['loss'] for l in every) / total:.1%} | "
+              + " / ".join(f"{mean(l['loss'] for l in r):.3g}" for r in rows)
+              + f" | {rank_correlation(series(blocks, projection, 'loss')):+.2f} | "
               + " / ".join(f"{mean(l['relative_loss'] for l in r):.2g}" for r in rows)
+              + f" | {rank_correlation(series(blocks, projection, 'relative_loss')):+.2f}"
               + f" | {mean(l['weights']['skew'] for l in every):+.3f} | {mean(l['weights']['kurtosis'] for l in every):.2f} |")
     if not effects:
         return
