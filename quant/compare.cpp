@@ -63,9 +63,7 @@ class WorstSeen {
       const std::vector<float> q(s.result.values.begin() + p.begin * k, s.result.values.begin() + p.end * k);
       const HessianFactor& f = s.solver.fetch();
       const Format4 format{s.options.grid, s.options.group};
-      const auto retry = [&](bool as_the_seed) {
-        return climb(w, q, loss, format, n, f, as_the_seed, team);
-      };
+      const auto retry = [&](bool as_the_seed) { return climb(w, q, loss, format, n, f, as_the_seed, team); };
       entries_.push_back({s.block, p, loss, retry(true), retry(false)});
       std::stable_sort(entries_.begin(), entries_.end(),
                        [](const Entry& a, const Entry& b) { return a.first > b.first; });
@@ -161,7 +159,8 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
   const LlamaConfig& c = source.config;
   const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
   const auto session_of = [&](LlamaModel& m) {
-    return std::make_unique<Session>(m, backend, SessionOptions{.ctx = text.ctx, .kv = default_kv(m, backend)});
+    return std::make_unique<Session>(m, backend,
+                                     SessionOptions{.ctx = text.ctx, .kv = default_kv(m, backend)});
   };
   const std::unique_ptr<Session> reference = session_of(source);
   const auto measure = [&](VersionResult& v, LlamaModel& m) {
