@@ -72,9 +72,9 @@ __global__ void __launch_bounds__(kThreads) diagonal_kernel(float* h, float* dia
     diagonal[j] = h[j * (k + 1)];
 }
 
-__global__ void __launch_bounds__(kThreads) finite_kernel(const float* v, int64_t count, int* bad) {
+__global__ void __launch_bounds__(kThreads) finite_kernel(const float* v, int64_t count, float limit, int* bad) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads)
-    if (!isfinite(v[i])) *bad = 1;
+    if (!(fabsf(v[i]) <= limit)) *bad = 1;
 }
 
 __global__ void __launch_bounds__(kThreads) half_kernel(const float* x, const float* minus, float scale, int64_t tokens,
@@ -110,9 +110,9 @@ void gptq_mirror_cuda(float* h, int64_t k, cudaStream_t stream) {
 void gptq_diagonal_cuda(float* h, float* diagonal, int64_t k, bool set, cudaStream_t stream) {
   launch("diagonal", diagonal_kernel, unsigned(ceil_div(k, kThreads)), kThreads, 0, 1, false, stream, h, diagonal, k, set);
 }
-void gptq_finite_cuda(const float* v, int64_t count, int* bad, cudaStream_t stream) {
+void gptq_finite_cuda(const float* v, int64_t count, float limit, int* bad, cudaStream_t stream) {
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(count, kThreads), 2048));
-  launch("finite", finite_kernel, blocks, kThreads, 0, 1, false, stream, v, count, bad);
+  launch("finite", finite_kernel, blocks, kThreads, 0, 1, false, stream, v, count, limit, bad);
 }
 void gptq_to_half_cuda(const float* x, const float* minus, float scale, int64_t tokens, int64_t k, void* y, int64_t ld,
                        cudaStream_t stream) {

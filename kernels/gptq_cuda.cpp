@@ -3,8 +3,11 @@
 #include <cublas_v2.h>
 #include <cusolverDn.h>
 
+#include <cfloat>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/device_array.h"
 #include "kernels/gptq_steps.h"
@@ -27,17 +30,36 @@ void check(cusolverStatus_t status, const char* what) {
 
 cublasOperation_t op(bool transpose) { return transpose ? CUBLAS_OP_T : CUBLAS_OP_N; }
 
+// Cuts the working memory of one call: the steps follow each other, so they share one piece.
+class Cut {
+ public:
+  explicit Cut(DeviceArray<uint8_t>& memory) : memory_(memory) {}
+  template <typename T>
+  Cut& operator()(T*& pointer, int64_t count) {
+    pieces_.push_back([&pointer, at = bytes_](uint8_t* base) { pointer = reinterpret_cast<T*>(base + at); });
+    bytes_ += round_up(std::max<int64_t>(count, 1) * int64_t(sizeof(T)), 256);
+    return *this;
+  }
+  void take() {
+    uint8_t* base = memory_.take(bytes_);
+    for (const auto& set : pieces_) set(base);
+  }
+
+ private:
+  DeviceArray<uint8_t>& memory_;
+  std::vector<std::function<void(uint8_t*)>> pieces_;
+  int64_t bytes_ = 0;
+};
+
 }  // namespace
 
 struct GptqCuda::State {
   cudaStream_t stream;
   cublasHandle_t blas = nullptr;
   cusolverDnHandle_t solver = nullptr;
-  DeviceArray<uint16_t> x16, a16;              // fp16 operands of the statistics
-  DeviceArray<float> first, second, third, moved;
-  DeviceArray<double> matrix, inverse, work, systems, right;
-  DeviceArray<int> flags;                      // (2) bad, info
-  DeviceArray<uint8_t> workspace;
+  DeviceArray<uint8_t> memory;     // of the call in progress
+  DeviceArray<int> flags;          // (2) bad, info
+  DeviceArray<uint8_t> workspace;  // of the library
 
   explicit State(cudaStream_t s) : stream(s) {}
   ~State() {
@@ -62,9 +84,9 @@ struct GptqCuda::State {
           "sums over tokens");
   }
   // Runs the panels of the GPTQ pass or of a sweep over x, which hears of later columns by products with m.
-  void walk(GptqPanelArgs p, float* x, void (*panel)(const GptqPanelArgs&, cudaStream_t)) {
+  void walk(GptqPanelArgs p, float* x, float* moved, void (*panel)(const GptqPanelArgs&, cudaStream_t)) {
     p.x = x;
-    p.moved = moved.take(p.n * kGptqBlock);
+    p.moved = moved;
     for (p.begin = 0; p.begin < p.k; p.begin += p.size) {
       p.size = std::min(kGptqBlock, p.k - p.begin);
       const int64_t end = p.begin + p.size;
@@ -95,7 +117,8 @@ GptqCuda::~GptqCuda() = default;
 void GptqCuda::statistics(const GptqStatisticsArgs& a) {
   if (a.tokens == 0) return;
   const int64_t ld = round_up(a.k, 8), ldr = round_up(a.n, 8);
-  uint16_t* x = s_->x16.take(a.tokens * ld);
+  uint16_t *x, *difference;
+  Cut(s_->memory)(x, a.tokens * ld)(difference, a.tokens * std::max(a.x_full ? ld : 0, a.r ? ldr : 0)).take();
   gptq_to_half_cuda(a.x, nullptr, 1, a.tokens, a.k, x, ld, s_->stream);
   // Panels of rows, each from its diagonal on: wide enough for the library, narrow enough to spare most of the rest.
   const int64_t panel = std::max<int64_t>(1024, round_up(ceil_div(a.k, 8), 128));
@@ -104,27 +127,24 @@ void GptqCuda::statistics(const GptqStatisticsArgs& a) {
   }
   const float factor = a.factor / kDifferenceScale;
   if (a.x_full) {
-    uint16_t* dx = s_->a16.take(a.tokens * ld);
-    gptq_to_half_cuda(a.x_full, a.x, kDifferenceScale, a.tokens, a.k, dx, ld, s_->stream);
-    s_->gram(a.k, a.k, a.tokens, factor, dx, ld, x, ld, a.d, a.k);
+    gptq_to_half_cuda(a.x_full, a.x, kDifferenceScale, a.tokens, a.k, difference, ld, s_->stream);
+    s_->gram(a.k, a.k, a.tokens, factor, difference, ld, x, ld, a.d, a.k);
   }
   if (a.r) {
-    uint16_t* dr = s_->a16.take(a.tokens * ldr);
-    gptq_to_half_cuda(a.r_full, a.r, kDifferenceScale, a.tokens, a.n, dr, ldr, s_->stream);
-    s_->gram(a.n, a.k, a.tokens, factor, dr, ldr, x, ld, a.e, a.k);
+    gptq_to_half_cuda(a.r_full, a.r, kDifferenceScale, a.tokens, a.n, difference, ldr, s_->stream);
+    s_->gram(a.n, a.k, a.tokens, factor, difference, ldr, x, ld, a.e, a.k);
   }
 }
 
 bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k) {
-  double* a = s_->matrix.take(k * k);
-  double* b = s_->inverse.take(k * k);
+  int size = 0;
+  check(cusolverDnDpotrf_bufferSize(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), nullptr, int(k), &size), "factor");
+  double *a, *b, *work;
+  Cut(s_->memory)(a, k * k)(b, k * k)(work, size).take();
   s_->flags.clear(2, s_->stream);
   gptq_factor_begin_cuda(h, order, a, b, k, s_->stream);
   // With rows and columns reversed, a = L L^T and b = L^-1, both row-major lower: the library's upper.
-  int size = 0;
-  check(cusolverDnDpotrf_bufferSize(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), &size), "factor");
-  check(cusolverDnDpotrf(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), s_->work.take(std::max(size, 1)), size,
-                         s_->flags.get() + 1),
+  check(cusolverDnDpotrf(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), work, size, s_->flags.get() + 1),
         "factor");
   const double one = 1;
   check(cublasDtrsm(s_->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT, int(k), int(k),
@@ -136,7 +156,8 @@ bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k)
 
 bool GptqCuda::correct(const GptqCorrectArgs& a) {
   const int64_t n = a.n, k = a.k, count = n * k;
-  float *p = s_->first.take(count), *q = s_->second.take(count);
+  float *p, *q;
+  Cut(s_->memory)(p, count)(q, count).take();
   if (a.e) {
     cuda_check(cudaMemcpyAsync(p, a.e, size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, s_->stream), "copy");
     if (!a.d) check(cublasSscal(s_->blas, int(count), &a.beta, p, 1), "correction");
@@ -146,7 +167,7 @@ bool GptqCuda::correct(const GptqCorrectArgs& a) {
   s_->product(false, true, n, k, k, 1, q, k, a.u, k, 0, p, k);
   s_->product(false, false, n, k, k, 1, p, k, a.u, k, 0, q, k);
   s_->flags.clear(2, s_->stream);
-  gptq_finite_cuda(q, count, s_->flags.get(), s_->stream);
+  gptq_finite_cuda(q, count, FLT_MAX, s_->flags.get(), s_->stream);
   if (s_->flagged()) return false;
   gptq_gather_columns_cuda(q, a.inverse, a.w, n, k, true, s_->stream);
   return true;
@@ -156,24 +177,28 @@ void GptqCuda::solve(const GptqSolveArgs& a) {
   GptqPanelArgs p{};
   p.m = a.u, p.order = a.order, p.scales = a.scales, p.codes = a.codes;
   p.n = a.n, p.k = a.k, p.group = a.group, p.levels = a.levels;
-  s_->walk(p, a.w, gptq_solve_panel_cuda);
+  float* moved;
+  Cut(s_->memory)(moved, a.n * kGptqBlock).take();
+  s_->walk(p, a.w, moved, gptq_solve_panel_cuda);
 }
 
 void GptqCuda::sweep(const GptqRefineArgs& a) {
-  float *e = s_->first.take(a.n * a.k), *gradient = s_->second.take(a.n * a.k);
+  float *e, *gradient, *moved;
+  Cut(s_->memory)(e, a.n * a.k)(gradient, a.n * a.k)(moved, a.n * kGptqBlock).take();
   gptq_error_cuda({a.w, a.scales, a.codes, a.n, a.k, a.group, a.levels}, e, s_->stream);
   s_->product(false, false, a.n, a.k, a.k, 1, e, a.k, a.h, a.k, 0, gradient, a.k);
   GptqPanelArgs p{};
   p.m = a.h, p.scales = a.scales, p.codes = a.codes;
   p.n = a.n, p.k = a.k, p.group = a.group, p.levels = a.levels;
-  s_->walk(p, gradient, gptq_sweep_panel_cuda);
+  s_->walk(p, gradient, moved, gptq_sweep_panel_cuda);
 }
 
 void GptqCuda::refit(const GptqRefineArgs& a) {
   const int64_t k = a.k, groups = ceil_div(k, a.group);
   const int64_t most = std::clamp<int64_t>(kSystemBytes / (groups * groups * 8), 1, a.n);
-  float *levels = s_->first.take(most * k), *product = s_->second.take(most * k);
-  double *m = s_->systems.take(most * groups * groups), *b = s_->right.take(most * groups);
+  float *levels, *product;
+  double *m, *b;
+  Cut(s_->memory)(levels, most * k)(product, most * k)(m, most * groups * groups)(b, most * groups).take();
   for (int64_t row = 0; row < a.n; row += most) {
     const int64_t n = std::min(most, a.n - row);
     gptq_levels_cuda({nullptr, nullptr, a.codes + row * k, n, k, a.group, a.levels}, levels, s_->stream);
@@ -191,21 +216,16 @@ void GptqCuda::refit(const GptqRefineArgs& a) {
 
 void GptqCuda::losses(const GptqRefineArgs& a, RowSums* sums, bool weights) {
   const int64_t n = a.n, k = a.k;
-  float *e = s_->first.take(n * k), *eh = s_->second.take(n * k);
+  float *e, *eh, *wh;
+  Cut(s_->memory)(e, n * k)(eh, n * k)(wh, weights ? n * k : 0).take();
   gptq_error_cuda({a.w, a.scales, a.codes, n, k, a.group, a.levels}, e, s_->stream);
   s_->product(false, false, n, k, k, 1, e, k, a.h, k, 0, eh, k);
-  float* wh = nullptr;
-  if (weights) {
-    wh = s_->third.take(n * k);
-    s_->product(false, false, n, k, k, 1, a.w, k, a.h, k, 0, wh, k);
-  }
-  gptq_row_sums_cuda(e, eh, weights ? a.w : nullptr, wh, sums, n, k, s_->stream);
+  if (weights) s_->product(false, false, n, k, k, 1, a.w, k, a.h, k, 0, wh, k);
+  gptq_row_sums_cuda(e, eh, weights ? a.w : nullptr, weights ? wh : nullptr, sums, n, k, s_->stream);
 }
 
 size_t GptqCuda::bytes() const {
-  return s_->x16.bytes() + s_->a16.bytes() + s_->first.bytes() + s_->second.bytes() + s_->third.bytes() +
-         s_->moved.bytes() + s_->matrix.bytes() + s_->inverse.bytes() + s_->work.bytes() + s_->systems.bytes() +
-         s_->right.bytes() + s_->workspace.bytes();
+  return s_->memory.bytes() + s_->workspace.bytes();
 }
 
 }  // namespace q4s

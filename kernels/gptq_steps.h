@@ -57,7 +57,8 @@ void gptq_gather_columns_cuda(const float* in, const int32_t* index, float* out,
 void gptq_clear_columns_cuda(float* w, const uint8_t* dead, int64_t n, int64_t k, cudaStream_t);  // w = 0 where dead
 void gptq_mirror_cuda(float* h, int64_t k, cudaStream_t);                          // lower = upper
 void gptq_diagonal_cuda(float* h, float* diagonal, int64_t k, bool set, cudaStream_t);  // reads it or writes it
-void gptq_finite_cuda(const float* v, int64_t count, int* bad, cudaStream_t);      // *bad = 1 where one is not
+// *bad = 1 where one is not a number or beyond `limit`.
+void gptq_finite_cuda(const float* v, int64_t count, float limit, int* bad, cudaStream_t);
 
 // y (T, ld) fp16 = scale * (x - minus), beyond fp16 its largest; minus may be null, columns [K, ld) are zero.
 void gptq_to_half_cuda(const float* x, const float* minus, float scale, int64_t tokens, int64_t k, void* y,

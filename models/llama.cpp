@@ -65,4 +65,17 @@ void fill_rope(LlamaModel& m, int64_t ctx) {
   m.weights.rope = make_weight_f32("rope", ctx, m.config.head_dim, rope_table(m.config, ctx));
 }
 
+std::vector<Weight*> all_weights(LlamaWeights& w) {
+  std::vector<Weight*> all = {&w.embed, &w.final_norm, &w.rope};
+  for (LlamaBlock& blk : w.blocks)
+    for (Weight* x : {&blk.attn_norm, &blk.qkv, &blk.o, &blk.mlp_norm, &blk.gate_up, &blk.down}) all.push_back(x);
+  for (Weight* x : {&w.head, &w.rotation_signs, &w.rotation_factor})
+    if (x->view.n) all.push_back(x);
+  return all;
+}
+
+void unload(LlamaModel& m) {
+  for (Weight* w : all_weights(m.weights)) w->device.reset();
+}
+
 }  // namespace q4s

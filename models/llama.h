@@ -82,4 +82,7 @@ LlamaModel random_llama(const LlamaConfig&, uint64_t seed, Format linears, int64
 
 void fill_rope(LlamaModel&, int64_t ctx);
 
+std::vector<Weight*> all_weights(LlamaWeights&);  // that there are
+void unload(LlamaModel&);                         // drops what a backend loaded
+
 }  // namespace q4s

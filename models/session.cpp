@@ -47,15 +47,6 @@ KvCache cache_of(const LlamaModel& m, const SessionOptions& o) {
   return {nullptr, o.kv, m.config.layers, o.sequences, o.ctx, m.config.kv_dim()};
 }
 
-std::vector<Weight*> all_weights(LlamaWeights& w) {
-  std::vector<Weight*> all = {&w.embed, &w.final_norm, &w.rope};
-  for (LlamaBlock& blk : w.blocks)
-    for (Weight* x : {&blk.attn_norm, &blk.qkv, &blk.o, &blk.mlp_norm, &blk.gate_up, &blk.down}) all.push_back(x);
-  for (Weight* x : {&w.head, &w.rotation_signs, &w.rotation_factor})
-    if (x->view.n) all.push_back(x);
-  return all;
-}
-
 // Scratch lies behind the arena.
 size_t aligned_arena(const MemoryPlan& p) { return size_t(round_up(int64_t(p.arena), int64_t(kArenaAlign))); }
 

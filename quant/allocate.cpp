@@ -87,7 +87,7 @@ std::vector<UnitChoices> try_formats(LlamaModel& m, Backend& backend, const Quan
   std::vector<UnitChoices> all;
   QuantizeSink sink;
   sink.unit = [](int64_t, Unit, UnitResult&) {};
-  sink.block_done = [](int64_t, const BlockWeights&, const BlockReport&) {};
+  sink.block_done = [](int64_t, const BlockNorms&, const BlockReport&) {};
   sink.progress = progress;
   sink.solved = [&](const SolvedUnit& s) {
     const int64_t n = s.n, k = s.k;
@@ -103,7 +103,7 @@ std::vector<UnitChoices> try_formats(LlamaModel& m, Backend& backend, const Quan
       SolveOptions o = s.options;
       o.grid = f.grid == GridKind::kSigned ? first.grid : f.grid;
       o.group = f.group;
-      add({o.grid, o.group}, s.solver.solve(s.w.data(), o).rows);
+      add({o.grid, o.group}, s.solver.solve(s.w, o).rows);
     }
     all.push_back(std::move(c));
   };
@@ -151,7 +151,8 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
   std::vector<float> host(tokens * c.dim);
   team([&](Part p) { embed_cpu({m.weights.embed.view, calibration.tokens.data(), host.data(), tokens}, p); });
   const auto bytes = [](float* p) { return reinterpret_cast<std::byte*>(p); };
-  BlockRunner runner(c, backend, m.weights.rope, seq_len, tokens);
+  const std::unique_ptr<WeightWork> work = make_weight_work(backend);
+  BlockRunner runner(c, backend, *work, m.weights.rope, seq_len, tokens);
   const std::unique_ptr<UnitSolver> solver = make_unit_solver(backend);
 
   const auto logits = [&](int64_t block, const float* stream) {
@@ -185,21 +186,24 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
   plain.rtn = true;
   std::vector<float> reference;
   for (int64_t l = 0; l < c.layers; ++l) {
-    const BlockWeights w = unpack_block(m.weights.blocks[l], team);
+    const LlamaBlock& block = m.weights.blocks[l];
+    runner.set(block);
     for (Unit u : kUnits) {
       const int64_t n = unit_rows(c, u), k = unit_columns(c, u);
-      BlockWeights changed = w;
-      std::vector<float>& target = unit_weights(changed, u);
-      const std::vector<float> exact = target;
-      const QuantizedLinear q = round_to_nearest(exact.data(), nullptr, n, k, plain, team);
-      q.dequantize(0, n, target.data());
-      runner.set(std::move(changed));
+      const Buffer w(backend, n * k, "weights of a linear");
+      const auto write = [&](const std::vector<float>& v) { backend.write(w.bytes(), v.data(), 4 * v.size()); };
+      const std::vector<float> exact = unpack(unit_weight(block, u), team);
+      std::vector<float> rounded(exact.size());
+      round_to_nearest(exact.data(), nullptr, n, k, plain, team).dequantize(0, n, rounded.data());
+      write(rounded);
+      runner.set(u, w.get());
       run_block(u);
+      write(exact);
+      runner.set(u, w.get());  // from here on as it was
       solver->factor(kDamp, false);
-      const double error = summarize(solver->solve(exact.data(), plain).rows, k, 0, n).relative;
+      const double error = summarize(solver->solve(w.get(), plain).rows, k, 0, n).relative;
       const std::vector<float> got = logits(l, moved.get());
       if (reference.empty()) {
-        runner.set(w);
         run_block(u);
         reference = logits(l, moved.get());
       }
@@ -208,7 +212,6 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
       choice.effect = error > 0 ? choice.alone / error : 0.0;
       if (progress) progress(l * 4 + int64_t(u) + 1, c.layers * 4);
     }
-    runner.set(w);
     run_block(Unit::kQkv);
     backend.read(host.data(), bytes(moved.get()), host.size() * sizeof(float));
   }

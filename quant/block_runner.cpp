@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cassert>
 
-#include "kernels/half.h"
-
 namespace q4s {
 
 struct BlockRunner::Piece {
@@ -18,41 +16,17 @@ struct BlockRunner::Piece {
 
 namespace {
 
-// A matrix as the backend multiplies fast: the GPU has no quick product in f32, and fp16 keeps eleven bits of
-// what becomes four (its activations are rounded to as many either way).
-Weight make_matrix(Backend& b, const std::string& name, int64_t n, int64_t k, std::vector<float> values) {
-  if (b.name() != "cuda") return make_weight_f32(name, n, k, std::move(values));
-  Weight w;
-  w.name = name;
-  w.bytes.resize(2 * values.size());
-  b.pool().run([&](Part part) {
-    const auto [begin, end] = part.of(int64_t(values.size()), 1024);
-    uint16_t* half = reinterpret_cast<uint16_t*>(w.bytes.data());
-    for (int64_t i = begin; i < end; ++i) half[i] = float_to_half(values[i]);
-  });
-  w.view = {.format = Format::kF16, .n = n, .k = k, .data = w.bytes.data()};
-  return w;
-}
-
 enum { kAttnInput, kAttention, kAddAttention, kMlpInput, kMlp, kAddMlp };  // order of pieces_
 }  // namespace
 
-BlockRunner::BlockRunner(const LlamaConfig& c, Backend& backend, const Weight& rope, int64_t seq_len,
-                         int64_t chunk)
-    : backend_(backend), seq_len_(seq_len) {
+BlockRunner::BlockRunner(const LlamaConfig& c, Backend& backend, WeightWork& work, const Weight& rope,
+                         int64_t seq_len, int64_t chunk, const BlockRunner* share)
+    : config_(c), backend_(backend), work_(work), seq_len_(seq_len) {
   const int64_t sequences = chunk / seq_len;
   assert(sequences >= 1);
-  const auto shape = [&](Weight& w, const char* name, int64_t n, int64_t k) {
-    std::vector<float> zero(n * k);
-    w = n == 1 ? make_weight_f32(name, n, k, std::move(zero))
-               : make_matrix(backend, name, n, k, std::move(zero));
-  };
-  shape(block_.attn_norm, "attn_norm", 1, c.dim);
-  shape(block_.qkv, "qkv", c.qkv_dim(), c.dim);
-  shape(block_.o, "o", c.dim, c.q_dim());
-  shape(block_.mlp_norm, "mlp_norm", 1, c.dim);
-  shape(block_.gate_up, "gate_up", 2 * c.hidden, c.dim);
-  shape(block_.down, "down", c.dim, c.hidden);
+  const std::vector<float> ones(c.dim, 1.0f);
+  set_norms({ones, ones});
+  for (Unit u : kUnits) unit_weight(block_, u) = work.make(unit_name(0, u), unit_rows(c, u), unit_columns(c, u));
   set_row_roles(block_, c);
   for (int64_t t = 0; t < sequences * seq_len; ++t) {
     position_.push_back(int32_t(t % seq_len));
@@ -91,45 +65,44 @@ BlockRunner::BlockRunner(const LlamaConfig& c, Backend& backend, const Weight& r
     p.y = &g.swiglu(g.linear(g.rms_norm(*p.x, block_.mlp_norm, c.eps), block_.gate_up));
   }
   add_piece(block_.down);
+  size_t arena = 0, scratch = 0;
   for (const auto& p : pieces_) {
     p->y->keep = true;
-    arena_bytes_ = std::max(arena_bytes_, p->graph.plan());
-    scratch_bytes_ = std::max(scratch_bytes_, backend.scratch_bytes(p->graph));
+    arena = std::max(arena, p->graph.plan());
+    scratch = std::max(scratch, backend.scratch_bytes(p->graph));
   }
-  kv_ = {nullptr, KvType::kF32, 1, sequences, seq_len, c.kv_dim()};
-  kv_.base = backend.allocate(kv_.bytes(), "keys and values of a block");
-  arena_ = backend.allocate(arena_bytes_, "activations of a block");
-  scratch_ = backend.allocate(scratch_bytes_, "scratch");
-  for (const auto& p : pieces_) p->graph.bind(arena_);
+  // The GPU's fast attention reads fp16, as in use.
+  const KvType kv = backend.name() == "cuda" ? KvType::kF16 : KvType::kF32;
+  kv_ = {nullptr, kv, 1, sequences, seq_len, c.kv_dim()};
+  memory_ = share ? share->memory_ : std::make_shared<Memory>();
+  if (!share) {
+    memory_->kv = Buffer::of_bytes(backend, kv_.bytes(), "keys and values of a block");
+    memory_->arena = Buffer::of_bytes(backend, arena, "activations of a block");
+    memory_->scratch = Buffer::of_bytes(backend, scratch, "scratch");
+  }
+  kv_.base = memory_->kv.bytes();
+  for (const auto& p : pieces_) p->graph.bind(memory_->arena.bytes());
 }
 
-BlockRunner::~BlockRunner() {
-  for (std::byte* p : {kv_.base, arena_, scratch_})
-    if (p) backend_.release(p);
-}
+BlockRunner::~BlockRunner() = default;
 
-size_t BlockRunner::bytes() const { return kv_.bytes() + arena_bytes_ + scratch_bytes_; }
-
-void BlockRunner::load(Weight& w, std::vector<float> values) {
-  const RowRoles roles = w.roles;
-  w = w.view.n == 1 ? make_weight_f32(w.name, 1, w.view.k, std::move(values))
-                    : make_matrix(backend_, w.name, w.view.n, w.view.k, std::move(values));
-  w.roles = roles;
+void BlockRunner::set_gain(Weight& w, const std::vector<float>& gain) {
+  w = make_weight_f32("norm", 1, int64_t(gain.size()), gain);
   backend_.load(w);
 }
-
-void BlockRunner::set(BlockWeights b) {
-  load(block_.attn_norm, std::move(b.attn_norm));
-  load(block_.mlp_norm, std::move(b.mlp_norm));
-  set_qkv(std::move(b.qkv));
-  set_o(std::move(b.o));
-  set_gate_up(std::move(b.gate_up));
-  set_down(std::move(b.down));
+void BlockRunner::set_norms(const BlockNorms& norms) {
+  set_gain(block_.attn_norm, norms.attn);
+  set_gain(block_.mlp_norm, norms.mlp);
 }
-void BlockRunner::set_qkv(std::vector<float> w) { load(block_.qkv, std::move(w)); }
-void BlockRunner::set_o(std::vector<float> w) { load(block_.o, std::move(w)); }
-void BlockRunner::set_gate_up(std::vector<float> w) { load(block_.gate_up, std::move(w)); }
-void BlockRunner::set_down(std::vector<float> w) { load(block_.down, std::move(w)); }
+void BlockRunner::set(Unit u, const float* w) { work_.store(w, unit_weight(block_, u)); }
+void BlockRunner::set(const LlamaBlock& b) {
+  set_norms(block_norms(b, [this](const std::function<void(Part)>& fn) { backend_.pool().run(fn); }));
+  for (Unit u : kUnits) {
+    const Buffer w(backend_, unit_rows(config_, u) * unit_columns(config_, u), "weights of a linear");
+    work_.load(unit_weight(b, u), w.get());
+    set(u, w.get());
+  }
+}
 
 void BlockRunner::run(Piece& p, const float* x, float* residual, float* y, int64_t tokens) {
   assert(tokens % seq_len_ == 0 && tokens <= p.graph.max().tokens);
@@ -142,7 +115,7 @@ void BlockRunner::run(Piece& p, const float* x, float* residual, float* y, int64
     backend_.write(p.sequence->data, sequence_.data(), size_t(tokens) * sizeof(int32_t));
   }
   static const Observer none;  // the eager path: a replayed step would remember where its ends lay
-  backend_.run(p.graph, {tokens, 0, seq_len_}, kv_, scratch_, &none);
+  backend_.run(p.graph, {tokens, 0, seq_len_}, kv_, memory_->scratch.bytes(), &none);
 }
 
 void BlockRunner::attn_input(const float* x, float* y, int64_t t) {

@@ -6,25 +6,24 @@
 #include <vector>
 
 #include "models/llama.h"
-#include "quant/block.h"
+#include "quant/buffer.h"
+#include "quant/weight_work.h"
 #include "runtime/backend.h"
 
 namespace q4s {
 
 class BlockRunner {
  public:
-  // chunk: tokens of a call at most, whole sequences of seq_len. `rope` must outlive the runner.
-  BlockRunner(const LlamaConfig&, Backend&, const Weight& rope, int64_t seq_len, int64_t chunk);
+  // chunk: tokens of a call at most, whole sequences of seq_len. `rope` and `work` must outlive the runner. Two runners
+  // of one shape may share their working memory.
+  BlockRunner(const LlamaConfig&, Backend&, WeightWork& work, const Weight& rope, int64_t seq_len, int64_t chunk,
+              const BlockRunner* share = nullptr);
   ~BlockRunner();
-  BlockRunner(const BlockRunner&) = delete;
-  BlockRunner& operator=(const BlockRunner&) = delete;
 
-  // The weights of the block to run from now on; the first replaces all six.
-  void set(BlockWeights);
-  void set_qkv(std::vector<float>);
-  void set_o(std::vector<float>);
-  void set_gate_up(std::vector<float>);
-  void set_down(std::vector<float>);
+  // What the block computes with from now on; each stays until replaced.
+  void set_norms(const BlockNorms&);
+  void set(Unit, const float* w);  // (N, K) in backend memory
+  void set(const LlamaBlock&);     // all of it, as in the file
 
   // tokens: of whole sequences from position 0, at most `chunk`. x is the residual stream (T, D).
   void attn_input(const float* x, float* y, int64_t tokens);     // y (T, D) = norm(x): input of qkv
@@ -34,22 +33,23 @@ class BlockRunner {
   void mlp(const float* x, float* y, int64_t tokens);            // y (T, F): input of down
   void add_mlp(const float* a, float* x, int64_t tokens);        // x += Wdown a
 
-  size_t bytes() const;  // of arenas, cache and scratch
-
  private:
   struct Piece;
   void run(Piece&, const float* x, float* residual, float* y, int64_t tokens);
-  void load(Weight&, std::vector<float>);
+  void set_gain(Weight&, const std::vector<float>&);
 
+  const LlamaConfig& config_;
   Backend& backend_;
+  WeightWork& work_;
   int64_t seq_len_;
   LlamaBlock block_;
   std::vector<std::unique_ptr<Piece>> pieces_;
   std::vector<int32_t> position_, sequence_;  // (chunk)
+  struct Memory {
+    Buffer kv, arena, scratch;
+  };
+  std::shared_ptr<Memory> memory_;
   KvCache kv_;
-  size_t arena_bytes_ = 0, scratch_bytes_ = 0;
-  std::byte* arena_ = nullptr;
-  std::byte* scratch_ = nullptr;
 };
 
 }  // namespace q4s

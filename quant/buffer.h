@@ -11,6 +11,12 @@ class Buffer {
   Buffer() = default;
   Buffer(Backend& b, int64_t count, const char* purpose)
       : backend_(&b), data_(b.allocate(size_t(count) * sizeof(float), purpose)) {}
+  static Buffer of_bytes(Backend& b, size_t bytes, const char* purpose) {
+    Buffer r;
+    r.backend_ = &b;
+    r.data_ = b.allocate(bytes, purpose);
+    return r;
+  }
   ~Buffer() {
     if (data_) backend_->release(data_);
   }
@@ -20,6 +26,7 @@ class Buffer {
     std::swap(data_, o.data_);
     return *this;
   }
+  std::byte* bytes() const { return data_; }
   float* get() const { return reinterpret_cast<float*>(data_); }
   explicit operator bool() const { return data_ != nullptr; }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
+#include "kernels/linear.h"
 #include "quant/seed.h"
 #include "runtime/log.h"
 
@@ -59,11 +60,12 @@ class WorstSeen {
       const double loss = summarize(s.rows, k, p.begin, p.end).loss;
       if (int64_t(entries_.size()) == count_ && !(loss > entries_.back().first)) continue;
       const int64_t n = p.end - p.begin;
-      const float* w = s.w.data() + p.begin * k;
+      std::vector<float> w(n * k);
+      s.backend.read(w.data(), reinterpret_cast<const std::byte*>(s.w + p.begin * k), w.size() * sizeof(float));
       const std::vector<float> q(s.result.values.begin() + p.begin * k, s.result.values.begin() + p.end * k);
       const HessianFactor& f = s.solver.fetch();
       const Format4 format{s.options.grid, s.options.group};
-      const auto retry = [&](bool as_the_seed) { return climb(w, q, loss, format, n, f, as_the_seed, team); };
+      const auto retry = [&](bool as_the_seed) { return climb(w.data(), q, loss, format, n, f, as_the_seed, team); };
       entries_.push_back({s.block, p, loss, retry(true), retry(false)});
       std::stable_sort(entries_.begin(), entries_.end(),
                        [](const Entry& a, const Entry& b) { return a.first > b.first; });
@@ -146,10 +148,10 @@ void AnalysisModel::set_rows(int64_t block, Unit u, int64_t begin, const std::ve
   w.device.reset();  // an old copy
 }
 
-void AnalysisModel::set_norms(int64_t block, const BlockWeights& b) {
+void AnalysisModel::set_norms(int64_t block, const BlockNorms& b) {
   LlamaBlock& to = model_.weights.blocks.at(block);
-  to.attn_norm = make_weight_f32("attn_norm", 1, model_.config.dim, b.attn_norm);
-  to.mlp_norm = make_weight_f32("mlp_norm", 1, model_.config.dim, b.mlp_norm);
+  to.attn_norm = make_weight_f32("attn_norm", 1, model_.config.dim, b.attn);
+  to.mlp_norm = make_weight_f32("mlp_norm", 1, model_.config.dim, b.mlp);
 }
 
 void compare_grids(LlamaModel& source, Backend& backend, const Calibration& calibration, const PplText& text,
@@ -177,8 +179,14 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
     const QuantizedFrame frame = quantize_frame(source, o, team);
     AnalysisModel analysis(source, frame);
     QuantizeSink sink;
-    sink.unit = [&](int64_t block, Unit u, UnitResult& r) { analysis.set(block, u, r.values); };
-    sink.block_done = [&](int64_t block, const BlockWeights& w, const BlockReport& b) {
+    sink.unit = [&](int64_t block, Unit u, UnitResult& r) {
+      if (r.values.empty()) {
+        r.values.resize(r.packed.view.n * r.packed.view.k);
+        dequantize_rows(r.packed.view, 0, r.packed.view.n, r.values.data());
+      }
+      analysis.set(block, u, std::move(r.values));
+    };
+    sink.block_done = [&](int64_t block, const BlockNorms& w, const BlockReport& b) {
       analysis.set_norms(block, w);
       v.blocks.push_back(b);
     };

@@ -18,7 +18,7 @@ class AnalysisModel {
   void set(int64_t block, Unit, std::vector<float> values);
   // Rows [begin, end) of a unit.
   void set_rows(int64_t block, Unit, int64_t begin, const std::vector<float>& values);
-  void set_norms(int64_t block, const BlockWeights&);
+  void set_norms(int64_t block, const BlockNorms&);
   LlamaModel& model() { return model_; }
 
  private:

@@ -3,16 +3,15 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
-#include <map>
 #include <nlohmann/json.hpp>
-#include <set>
 
 #include "quant/allocate.h"
+#include "quant/background.h"
 #include "quant/compare.h"
+#include "quant/provenance.h"
 #include "quant/quant_options.h"
 #include "quant/quantize.h"
 #include "runtime/atomic_file.h"
-#include "runtime/checksum.h"
 #include "runtime/cli.h"
 #include "runtime/error.h"
 #include "runtime/log.h"
@@ -33,57 +32,6 @@ void stop_if_requested() {
   if (stop_requested()) throw Stopped{};
 }
 
-// The files that make a model, in a fixed order.
-std::vector<std::filesystem::path> model_files(const std::string& path) {
-  if (!std::filesystem::is_directory(path)) return {path};
-  static const std::set<std::string> known = {"config.json",
-                                              "generation_config.json",
-                                              "tokenizer.json",
-                                              "tokenizer_config.json",
-                                              "tokenizer.model",
-                                              "special_tokens_map.json",
-                                              "model.safetensors.index.json"};
-  std::vector<std::filesystem::path> files;
-  for (const auto& e : std::filesystem::directory_iterator(path))
-    if (known.contains(e.path().filename().string()) || e.path().extension() == ".safetensors")
-      files.push_back(e.path());
-  std::sort(files.begin(), files.end());
-  return files;
-}
-
-// Name and checksum of each, by name only: the same model elsewhere gives the same bytes.
-Json source_json(const std::string& path) {
-  Json j = Json::array();
-  for (const auto& f : model_files(path)) {
-    const MappedFile map(f.string());
-    j.push_back({{"name", f.filename().string()},
-                 {"bytes", map.size()},
-                 {"xxh3", checksum_text(xxh3(map.data(), map.size()))}});
-    stop_if_requested();
-  }
-  return j;
-}
-
-Json calibration_json(const Calibration& c) {
-  return {
-      {"source", c.source == "self-written" ? c.source : std::filesystem::path(c.source).filename().string()},
-      {"samples", c.samples},
-      {"seq_len", c.seq_len},
-      {"tokens", c.samples * c.seq_len},
-      {"xxh3", c.hash},
-      {"seed", c.seed}};
-}
-
-// Losses of all linears, for the file itself.
-Json losses_json(const std::vector<BlockReport>& blocks) {
-  Json j = Json::object();
-  for (const BlockReport& b : blocks)
-    for (const LinearReport& l : b.linears)
-      j["blk." + std::to_string(b.block) + "." + l.name] = {{"loss", l.loss.loss},
-                                                            {"relative_loss", l.loss.relative}};
-  return j;
-}
-
 // Bits per weight of the blocks' linears, scales included.
 double planned_bits(const LlamaConfig& c, const QuantizeOptions& o) {
   double bytes = 0;
@@ -100,7 +48,6 @@ double planned_bits(const LlamaConfig& c, const QuantizeOptions& o) {
 void show_plan(const LlamaModel& m, const QuantizeOptions& o, int64_t samples, int64_t seq_len,
                bool self_written) {
   const LlamaConfig& c = m.config;
-  const QuantizePlan p = plan_quantize(c, o, samples, seq_len);
   const double bits = planned_bits(c, o);
   const double table = double(c.vocab * c.dim) * (c.tied ? 1 : 2) *
                        (o.head == Format::kF16  ? 2.0
@@ -109,15 +56,32 @@ void show_plan(const LlamaModel& m, const QuantizeOptions& o, int64_t samples, i
   log_info("blocks      %lld, %.1f M weights, %.3f bits a weight", (long long)c.layers,
            double(c.linear_weights()) / 1e6, bits);
   log_info("file        %s", bytes_text(double(c.linear_weights()) * bits / 8 + table).c_str());
-  log_info("memory      %s: block %s, Hessian %s, activations %s, forward %s",
-           bytes_text(double(p.total())).c_str(), bytes_text(double(p.block)).c_str(),
-           bytes_text(double(p.hessian)).c_str(), bytes_text(double(p.activations)).c_str(),
-           bytes_text(double(p.forward)).c_str());
+  for (const bool gpu : {false, true}) {
+    const QuantizePlan p = plan_quantize(c, o, samples, seq_len, gpu);
+    log_info("memory, %s %s: weights %s, Hessian %s, working %s, activations %s, forward %s", gpu ? "GPU" : "CPU",
+             bytes_text(double(p.total())).c_str(), bytes_text(double(p.weights)).c_str(),
+             bytes_text(double(p.hessian)).c_str(), bytes_text(double(p.working)).c_str(),
+             bytes_text(double(p.activations)).c_str(), bytes_text(double(p.forward)).c_str());
+  }
   if (samples) {
     log_info("calibration %lld x %lld tokens, %s", (long long)samples, (long long)seq_len,
              self_written ? "written by the model" : "from the text");
     log_info("work        %.1f TFLOP", quantize_flops(c, o, samples, seq_len, self_written) / 1e12);
   }
+}
+
+// Throws Error(kResource) with the plan where the device is known to have less.
+void require_memory(const LlamaModel& m, const Backend& b, const QuantizeOptions& o, int64_t samples, int64_t seq_len) {
+  const QuantizePlan p = plan_quantize(m.config, o, samples, seq_len, b.name() == "cuda");
+  const std::optional<size_t> free = b.free_bytes();
+  if (!free || size_t(p.total()) <= *free) return;
+  throw Error(ErrorKind::kResource,
+              strprintf("out of memory on %s: weights %s, Hessian %s, working %s, activations %s, forward %s, in all %s; "
+                        "free: %s. Fewer --samples need less, or --device cpu",
+                        b.describe().c_str(), bytes_text(double(p.weights)).c_str(), bytes_text(double(p.hessian)).c_str(),
+                        bytes_text(double(p.working)).c_str(), bytes_text(double(p.activations)).c_str(),
+                        bytes_text(double(p.forward)).c_str(), bytes_text(double(p.total())).c_str(),
+                        bytes_text(double(*free)).c_str()));
 }
 
 // Adds a tensor unless an earlier run has.
@@ -127,6 +91,25 @@ void add(Q4sWriter& w, const std::string& name, const WeightView& view) {
 void add(Q4sWriter& w, const std::string& name, int64_t n, int64_t k, const std::vector<float>& values) {
   add(w, name,
       {.format = Format::kF32, .n = n, .k = k, .data = reinterpret_cast<const uint8_t*>(values.data())});
+}
+
+struct FinishedBlock {
+  int64_t index;
+  BlockNorms norms;
+  PackedWeight units[4];
+  BlockReport report;
+};
+
+void write(Q4sWriter& w, const FinishedBlock& b) {
+  const std::string name = "blk." + std::to_string(b.index);
+  const auto unit = [&](Unit u) { add(w, unit_name(b.index, u), b.units[int(u)].view); };
+  add(w, name + ".attn_norm", 1, int64_t(b.norms.attn.size()), b.norms.attn);
+  unit(Unit::kQkv);
+  unit(Unit::kO);
+  add(w, name + ".mlp_norm", 1, int64_t(b.norms.mlp.size()), b.norms.mlp);
+  unit(Unit::kGateUp);
+  unit(Unit::kDown);
+  w.checkpoint(to_json(b.report));
 }
 
 // --observe and --bpw: a pass over the model that tries finer formats, and the choice, by tensor name.
@@ -273,9 +256,10 @@ int quantize(const Cli& cli) {
       make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
   if (!note.empty()) log_info("%s", note.c_str());
   const Team team = [&](const std::function<void(Part)>& fn) { backend->pool().run(fn); };
+  require_memory(model, *backend, options, samples, seq_len);
 
   check_weights(model, team, stop_if_requested);
-  const Json sources = source_json(source);
+  const Json sources = source_json(source, backend->pool());
   const Json chosen = Json::parse(options_json(cli, options));
   Json key = {{"version", Q4S_VERSION},
               {"source", sources},
@@ -297,8 +281,10 @@ int quantize(const Cli& cli) {
       calibration = calibration_self_written(model, *backend, samples, seq_len, options.seed,
                                              [&](int64_t done, int64_t) {
                                                stop_if_requested();
+                                               report.peak.note(*backend);
                                                bar.update(done);
                                              });
+      unload(model);
     }
   }
   lap("calibration");
@@ -310,24 +296,27 @@ int quantize(const Cli& cli) {
     choice = Json::parse(writer.notes()[0])["choice"];
   else if (cli.given("observe") || cli.given("bpw"))
     choice = choose_formats(cli, model, *backend, frame, calibration, options);
+  unload(model);
   std::vector<std::pair<std::regex, Format4>> chosen_formats;
   for (const auto& [name, format] : choice["formats"].items())
     chosen_formats.emplace_back(exact_pattern(name), parse_format("bpw", format, options.solve.grid));
   options.special.insert(options.special.begin(), chosen_formats.begin(), chosen_formats.end());
   lap("formats");
-  add(writer, "embed", frame.embed.view);
-  if (!c.tied) add(writer, "head", frame.head.view);
-  add(writer, "final_norm", 1, c.dim, frame.final_norm);
-  if (frame.config.rotated) {
-    add(writer, "rotation.signs", 1, c.dim, frame.rotation.signs);
-    add(writer, "rotation.factor", frame.rotation.m, frame.rotation.m, frame.rotation.factor);
-  }
-  if (writer.notes().empty()) {
+  Background writing;  // of what is finished while the next block is under way
+  writing.submit([&] {
+    add(writer, "embed", frame.embed.view);
+    if (!c.tied) add(writer, "head", frame.head.view);
+    add(writer, "final_norm", 1, c.dim, frame.final_norm);
+    if (frame.config.rotated) {
+      add(writer, "rotation.signs", 1, c.dim, frame.rotation.signs);
+      add(writer, "rotation.factor", frame.rotation.m, frame.rotation.m, frame.rotation.factor);
+    }
+    if (!writer.notes().empty()) return;
     Json first = samples ? calibration_json(calibration) : Json::object();
     if (samples && self_written) first["ids"] = calibration.tokens;
     first["choice"] = choice;
     writer.checkpoint(first.dump());
-  }
+  });
   lap("embedding");
 
   for (size_t i = 1; i < writer.notes().size(); ++i) report.blocks.push_back(block_report(writer.notes()[i]));
@@ -335,22 +324,19 @@ int quantize(const Cli& cli) {
   Progress bar("quantising", 4 * c.layers, "linears");
   bar.skip(4 * kept_blocks);
   if (kept_blocks) log_info("going on after block %lld", (long long)kept_blocks - 1);
-  std::map<Unit, PackedWeight> units;
+  auto block = std::make_shared<FinishedBlock>();
   QuantizeSink sink;
   sink.kept = [&](int64_t block, Unit u) -> std::optional<WeightView> {
     const Q4sTensor* t = block < kept_blocks ? writer.find_kept(unit_name(block, u)) : nullptr;
     return t ? std::optional(t->view) : std::nullopt;
   };
-  sink.unit = [&](int64_t, Unit u, UnitResult& r) { units[u] = std::move(r.packed); };
-  sink.block_done = [&](int64_t block, const BlockWeights& w, const BlockReport& b) {
-    const std::string name = "blk." + std::to_string(block);
-    add(writer, name + ".attn_norm", 1, c.dim, w.attn_norm);
-    add(writer, unit_name(block, Unit::kQkv), units[Unit::kQkv].view);
-    add(writer, unit_name(block, Unit::kO), units[Unit::kO].view);
-    add(writer, name + ".mlp_norm", 1, c.dim, w.mlp_norm);
-    add(writer, unit_name(block, Unit::kGateUp), units[Unit::kGateUp].view);
-    add(writer, unit_name(block, Unit::kDown), units[Unit::kDown].view);
-    writer.checkpoint(to_json(b));
+  sink.unit = [&](int64_t, Unit u, UnitResult& r) {
+    report.peak.note(*backend);
+    block->units[int(u)] = std::move(r.packed);
+  };
+  sink.block_done = [&](int64_t index, const BlockNorms& norms, const BlockReport& b) {
+    block->index = index, block->norms = norms, block->report = b;
+    writing.submit([&writer, done = std::exchange(block, std::make_shared<FinishedBlock>())] { write(writer, *done); });
     report.blocks.push_back(b);
   };
   sink.stage = [&](const std::string& stage, double seconds) { report.stages.emplace_back(stage, seconds); };
@@ -359,6 +345,7 @@ int quantize(const Cli& cli) {
     bar.update(done);
   };
   quantize_blocks(model, *backend, frame, samples ? &calibration : nullptr, options, sink);
+  writing.finish();
   lap("blocks");
 
   const std::string tokenizer = model.tokenizer->serialize();
@@ -377,7 +364,7 @@ int quantize(const Cli& cli) {
   writer.finish();
   lap("finishing");
   report.size_bytes = int64_t(std::filesystem::file_size(target));
-  report.peak_bytes = peak_resident_bytes();
+  report.peak.note(*backend);
   if (cli.given("report")) {
     AtomicFile f(cli.get("report"), true, inputs);
     f.write(to_json(report));
@@ -387,10 +374,12 @@ int quantize(const Cli& cli) {
   for (const auto& [name, seconds] : report.stages)
     stages += strprintf("%s%s %.1f", stages.empty() ? "" : " | ", name.c_str(), seconds);
   log_info("seconds: %s", stages.c_str());
-  log_info("%s: %s, %.3f bits a weight in the blocks, %s, peak memory %s", target.c_str(),
+  const std::string device =
+      report.peak.device ? strprintf(" and %s of the device", bytes_text(double(report.peak.device)).c_str()) : "";
+  log_info("%s: %s, %.3f bits a weight in the blocks, %s, peak memory %s%s", target.c_str(),
            bytes_text(double(report.size_bytes)).c_str(), report.bits_per_weight,
            duration_text(std::chrono::duration<double>(Clock::now() - start).count()).c_str(),
-           bytes_text(double(report.peak_bytes)).c_str());
+           bytes_text(double(report.peak.host)).c_str(), device.c_str());
   return 0;
 }
 

@@ -20,6 +20,7 @@ struct PackedWeight {
 };
 
 PackedWeight pack(const QuantizedLinear&);
+PackedWeight empty_packed(const QuantizedLinear&);  // its form, with zeros
 
 // Two codes a byte, even column low; rows begin on a byte.
 void pack_nibbles(const uint8_t* codes, int64_t k, uint8_t* out);

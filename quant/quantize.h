@@ -16,22 +16,6 @@
 
 namespace q4s {
 
-// The four linears of a block: the unit of a Hessian, and of group and bits in the file.
-enum class Unit { kQkv, kO, kGateUp, kDown };
-constexpr Unit kUnits[] = {Unit::kQkv, Unit::kO, Unit::kGateUp, Unit::kDown};
-std::string unit_name(int64_t block, Unit);  // "blk.3.qkv", the tensor's name
-int64_t unit_rows(const LlamaConfig&, Unit);
-int64_t unit_columns(const LlamaConfig&, Unit);
-std::vector<float>& unit_weights(BlockWeights&, Unit);
-
-// The seven projections of a block as rows of its units.
-struct Projection {
-  const char* name;
-  Unit unit;
-  int64_t begin, end;  // rows
-};
-std::vector<Projection> projections(const LlamaConfig&);
-
 struct Format4 {  // grid and group of one linear
   GridKind grid = GridKind::kSigned;
   int64_t group = 128;  // 0: the whole row
@@ -53,10 +37,10 @@ struct QuantizeOptions {
   bool covers(const std::string& name) const { return !only || std::regex_search(name, *only); }
 };
 
-// What a unit became. `packed` is empty for the analysis-only methods.
+// What a unit became: packed, or for the analysis-only methods its values (N, K).
 struct UnitResult {
-  std::vector<float> values;  // (N, K) as the packed kernels compute with them
   PackedWeight packed;
+  std::vector<float> values;
 };
 
 // A unit just solved, with what it was solved from: for those who want to try something else on it.
@@ -64,8 +48,9 @@ struct SolvedUnit {
   int64_t block;
   Unit unit;
   int64_t n, k;
-  const std::vector<float>& w;  // (N, K)
-  UnitSolver& solver;           // holds its statistics and factor
+  float* w;  // (N, K) in the backend's memory
+  Backend& backend;
+  UnitSolver& solver;  // holds its statistics and factor
   const SolveOptions& options;
   const UnitResult& result;
   const std::vector<RowLoss>& rows;
@@ -77,7 +62,7 @@ struct QuantizeSink {
   std::function<void(int64_t block, Unit, UnitResult&)> unit;
   std::function<void(const SolvedUnit&)> solved;  // before `unit`, where there is a calibration; optional
   // Norm gains (1 after folding) and the end of a block; not called for kept blocks.
-  std::function<void(int64_t block, const BlockWeights& norms, const BlockReport&)> block_done;
+  std::function<void(int64_t block, const BlockNorms& norms, const BlockReport&)> block_done;
   std::function<void(int64_t done, int64_t total)> progress;  // units
   std::function<void(const std::string& stage, double seconds)>
       stage;  // where the time went, at the end; optional
@@ -97,12 +82,20 @@ QuantizedFrame quantize_frame(const LlamaModel&, const QuantizeOptions&, const T
 void quantize_blocks(LlamaModel&, Backend&, const QuantizedFrame&, const Calibration*, const QuantizeOptions&,
                      const QuantizeSink&);
 
-// Bytes that quantize_blocks takes beside the mapped model.
-struct QuantizePlan {
-  int64_t block, hessian, activations, forward;
-  int64_t total() const { return block + hessian + activations + forward; }
+// How the walk cuts the tokens, a fixed rule of the shape: tokens of a step (enough to fill the device; whole
+// sequences), and whether the inputs of o and down are held until the quantised stream moves on, or made again.
+struct WalkShape {
+  int64_t chunk;
+  bool holds_o, holds_down;
 };
-QuantizePlan plan_quantize(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len);
+WalkShape walk_shape(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len, bool gpu);
+
+// Bytes of backend memory that quantize_blocks takes, beside the mapped model.
+struct QuantizePlan {
+  int64_t weights, hessian, working, activations, forward;
+  int64_t total() const { return weights + hessian + working + activations + forward; }
+};
+QuantizePlan plan_quantize(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len, bool gpu);
 // Floating-point operations of the whole, without attention.
 double quantize_flops(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len,
                       bool self_written);

@@ -1,18 +1,17 @@
 #include "quant/report.h"
 
-#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdio>
 #include <nlohmann/json.hpp>
 
 namespace q4s {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-constexpr int kBins = 64;
 
 Json write(const WeightShape& w) {
   return {{"mean", w.mean}, {"sd", w.sd},     {"skew", w.skew},          {"kurtosis", w.kurtosis},
@@ -52,64 +51,6 @@ Json write(const BlockReport& b) {
 double number(const Json& j, const char* key) { return j[key].is_number() ? j[key].get<double>() : NAN; }
 
 }  // namespace
-
-WeightShape weight_shape(const float* w, int64_t count, const Team& team) {
-  WeightShape s;
-  s.histogram.assign(kBins, 0);
-  if (count == 0) return s;
-  struct Sums {
-    double low = 0, high = 0, m1 = 0, m2 = 0, m3 = 0, m4 = 0;
-    std::array<int64_t, kBins> bins{};
-  };
-  // Fixed pieces, added up in order: the same sums for every team.
-  constexpr int64_t kPiece = 1 << 16;
-  std::vector<Sums> pieces(ceil_div(count, kPiece));
-  const auto each = [&](const auto& fn) {
-    team([&](Part part) {
-      const auto [begin, end] = part.of(int64_t(pieces.size()));
-      for (int64_t p = begin; p < end; ++p)
-        fn(pieces[p], w + p * kPiece, std::min(kPiece, count - p * kPiece));
-    });
-  };
-  each([](Sums& p, const float* x, int64_t n) {
-    const auto [low, high] = std::minmax_element(x, x + n);
-    p.low = *low;
-    p.high = *high;
-    for (int64_t i = 0; i < n; ++i) p.m1 += x[i];
-  });
-  s.low = pieces[0].low;
-  s.high = pieces[0].high;
-  for (const Sums& p : pieces) {
-    s.low = std::min(s.low, p.low);
-    s.high = std::max(s.high, p.high);
-    s.mean += p.m1;
-  }
-  s.mean /= double(count);
-  each([&](Sums& p, const float* x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      const double d = x[i] - s.mean, d2 = d * d;
-      p.m2 += d2;
-      p.m3 += d2 * d;
-      p.m4 += d2 * d2;
-    }
-  });
-  double m2 = 0, m3 = 0, m4 = 0;
-  for (const Sums& p : pieces) m2 += p.m2, m3 += p.m3, m4 += p.m4;
-  m2 /= double(count);
-  s.sd = std::sqrt(m2);
-  if (s.sd == 0.0) return s;
-  s.skew = m3 / double(count) / (m2 * s.sd);
-  s.kurtosis = m4 / double(count) / (m2 * m2);
-  each([&](Sums& p, const float* x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      const double bin = ((x[i] - s.mean) / s.sd + 4.0) * kBins / 8.0;
-      ++p.bins[int(std::clamp(bin, 0.0, kBins - 1.0))];
-    }
-  });
-  for (const Sums& p : pieces)
-    for (int i = 0; i < kBins; ++i) s.histogram[i] += p.bins[i];
-  return s;
-}
 
 std::string to_json(const BlockReport& b) { return write(b).dump(); }
 
@@ -155,16 +96,21 @@ std::string to_json(const Report& r) {
             {"effects", Json::parse(r.effects)}};
   j["stages"] = Json::object();
   for (const auto& [name, seconds] : r.stages) j["stages"][name] = seconds;
-  j["peak_bytes"] = r.peak_bytes;
+  j["peak_bytes"] = r.peak.host;
+  j["peak_device_bytes"] = r.peak.device;
   j["blocks"] = Json::array();
   for (const BlockReport& b : r.blocks) j["blocks"].push_back(write(b));
   return j.dump(1) + "\n";
 }
 
-int64_t peak_resident_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return int64_t(usage.ru_maxrss) * 1024;
+void MemoryPeak::note(const Backend& backend) {
+  device = std::max(device, int64_t(backend.used_bytes()));
+  long pages = 0, resident = 0, shared = 0;  // /proc/self/statm, in pages; shared: mapped files
+  if (std::FILE* f = std::fopen("/proc/self/statm", "r")) {
+    if (std::fscanf(f, "%ld %ld %ld", &pages, &resident, &shared) == 3)
+      host = std::max(host, int64_t(resident - shared) * sysconf(_SC_PAGESIZE));
+    std::fclose(f);
+  }
 }
 
 }  // namespace q4s

@@ -6,16 +6,10 @@
 #include <vector>
 
 #include "quant/solver.h"
+#include "quant/weight_shape.h"
+#include "runtime/backend.h"
 
 namespace q4s {
-
-// Moments and histogram of a projection's weights, with the normal fit (mean, sd) that the plots draw.
-struct WeightShape {
-  double mean = 0, sd = 0, skew = 0, kurtosis = 0;  // kurtosis 3: normal
-  double low = 0, high = 0;
-  std::vector<int64_t> histogram;  // 64 equal bins over mean +- 4 sd; the ends take what lies beyond
-};
-WeightShape weight_shape(const float* w, int64_t count, const Team&);
 
 struct LinearReport {
   std::string name;  // q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
@@ -38,6 +32,13 @@ struct BlockReport {
   double seconds = 0;
 };
 
+// The most memory seen at the moments asked for.
+struct MemoryPeak {
+  int64_t host = 0;    // resident, without the pages of mapped files
+  int64_t device = 0;  // 0 on the CPU
+  void note(const Backend&);
+};
+
 struct Report {
   std::vector<BlockReport> blocks;
   double bits_per_weight = 0;  // of the blocks' linears, scales included
@@ -46,13 +47,11 @@ struct Report {
   std::string calibration;     // JSON object
   std::string effects = "{}";  // JSON object by tensor: KL with that linear alone rounded; --bpw only
   std::vector<std::pair<std::string, double>> stages;  // seconds
-  int64_t peak_bytes = 0;                              // resident, as the system counts it
+  MemoryPeak peak;
 };
 
 std::string to_json(const BlockReport&);
 BlockReport block_report(const std::string& json);  // the inverse
 std::string to_json(const Report&);
-
-int64_t peak_resident_bytes();
 
 }  // namespace q4s

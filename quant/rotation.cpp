@@ -36,33 +36,25 @@ void rotate_rows(const Rotation& r, float* w, int64_t rows, const Team& team) {
 }
 
 void rotate_outputs(const Rotation& r, float* w, int64_t k, const Team& team) {
-  std::vector<float> turned(k * r.dim);
-  for (int64_t i = 0; i < r.dim; ++i)
-    for (int64_t j = 0; j < k; ++j) turned[j * r.dim + i] = w[i * k + j];
-  rotate_rows(r, turned.data(), k, team);
-  for (int64_t i = 0; i < r.dim; ++i)
-    for (int64_t j = 0; j < k; ++j) w[i * k + j] = turned[j * r.dim + i];
+  constexpr int64_t kTile = 64;  // columns whose transpose stays in the cache
+  team([&](Part part) {
+    std::vector<float> turned(kTile * r.dim);
+    const auto [begin, end] = part.of(k, kTile);
+    for (int64_t first = begin; first < end; first += kTile) {
+      const int64_t size = std::min(kTile, end - first);
+      for (int64_t i = 0; i < r.dim; ++i)
+        for (int64_t j = 0; j < size; ++j) turned[j * r.dim + i] = w[i * k + first + j];
+      rotate_cpu({turned.data(), r.signs.data(), r.factor.data(), turned.data(), size, r.dim, r.m, false});
+      for (int64_t i = 0; i < r.dim; ++i)
+        for (int64_t j = 0; j < size; ++j) w[i * k + first + j] = turned[j * r.dim + i];
+    }
+  });
 }
 
 void fold_gain(const std::vector<float>& gain, float* w, int64_t n) {
   const int64_t k = int64_t(gain.size());
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < k; ++j) w[i * k + j] *= gain[j];
-}
-
-void rotate_block(BlockWeights& b, const LlamaConfig& c, const Rotation& r1, const Rotation& r2,
-                  const Team& team) {
-  fold_gain(b.attn_norm, b.qkv.data(), c.qkv_dim());
-  fold_gain(b.mlp_norm, b.gate_up.data(), 2 * c.hidden);
-  b.attn_norm.assign(c.dim, 1.0f);
-  b.mlp_norm.assign(c.dim, 1.0f);
-  rotate_rows(r1, b.qkv.data(), c.qkv_dim(), team);
-  rotate_rows(r1, b.gate_up.data(), 2 * c.hidden, team);
-  rotate_outputs(r1, b.o.data(), c.q_dim(), team);
-  rotate_outputs(r1, b.down.data(), c.hidden, team);
-  float* v = b.qkv.data() + (c.q_dim() + c.kv_dim()) * c.dim;
-  for (int64_t h = 0; h < c.kv_heads; ++h) rotate_outputs(r2, v + h * c.head_dim * c.dim, c.dim, team);
-  rotate_rows(r2, b.o.data(), c.dim * c.heads, team);  // every head's slice of every row
 }
 
 }  // namespace q4s

@@ -27,7 +27,4 @@ void rotate_outputs(const Rotation&, float* w, int64_t k, const Team&);
 // w (n, k): column j times gain[j].
 void fold_gain(const std::vector<float>& gain, float* w, int64_t n);
 
-// R1 and R2 folded into a block; its norms' gains become 1.
-void rotate_block(BlockWeights&, const LlamaConfig&, const Rotation& r1, const Rotation& r2, const Team&);
-
 }  // namespace q4s

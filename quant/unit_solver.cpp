@@ -20,13 +20,20 @@ class CpuUnitSolver final : public UnitSolver {
     e_.assign(corrects && residual ? n * k : 0, 0.0f);
   }
 
+  void begin_identity(int64_t n, int64_t k) override {
+    begin(n, k, 1, false, false);
+    factor_ = {};
+    factor_.k = k;
+    for (int64_t j = 0; j < k; ++j) h_[j * (k + 1)] = 1.0f;
+    factor_.h = std::move(h_);
+    factor_.dead.assign(k, 0);
+  }
+
   void add(const float* x, const float* x_full, const float* r, const float* r_full, int64_t tokens) override {
     gram(x, x, h_, tokens, k_, true);
     if (!d_.empty()) gram(difference(x_full, x, tokens * k_), x, d_, tokens, k_, false);
     if (!e_.empty()) gram(difference(r_full, r, tokens * n_), x, e_, tokens, n_, false);
   }
-
-  void wait() override {}
 
   double factor(double damp, bool act_order) override {
     for (int64_t i = 0; i < k_; ++i)
@@ -35,9 +42,19 @@ class CpuUnitSolver final : public UnitSolver {
     return factor_.damp;
   }
 
-  QuantizedLinear solve(const float* w, const SolveOptions& o) override {
+  QuantizedLinear solve(float* w, const SolveOptions& o) override {
     const LinearProblem p{w, d_.empty() ? nullptr : d_.data(), e_.empty() ? nullptr : e_.data(), n_, k_};
-    return q4s::solve(p, factor_, o, team_);
+    solved_ = q4s::solve(p, factor_, o, team_);
+    QuantizedLinear q = solved_;
+    q.codes = {}, q.scales = {};
+    return q;
+  }
+  PackedWeight packed() override { return pack(solved_); }
+  void values(float* to) override {
+    team_([&](Part part) {
+      const auto [begin, end] = part.of(n_);
+      solved_.dequantize(begin, end, to + begin * k_);
+    });
   }
 
   const HessianFactor& fetch() override { return factor_; }
@@ -80,17 +97,18 @@ class CpuUnitSolver final : public UnitSolver {
   std::vector<float> e_;           // (N, K)
   std::vector<float> difference_;  // (T, K) or (T, N)
   HessianFactor factor_;
+  QuantizedLinear solved_;
 };
 
 }  // namespace
 
-std::unique_ptr<UnitSolver> make_unit_solver(Backend& b) {
-  if (b.name() == "cuda") return make_cuda_unit_solver(b);
+std::unique_ptr<UnitSolver> make_unit_solver(Backend& b, StageClock* clock) {
+  if (b.name() == "cuda") return make_cuda_unit_solver(b, clock);
   return std::make_unique<CpuUnitSolver>(b.pool());
 }
 
 #ifndef Q4S_CUDA
-std::unique_ptr<UnitSolver> make_cuda_unit_solver(Backend&) {
+std::unique_ptr<UnitSolver> make_cuda_unit_solver(Backend&, StageClock*) {
   throw Error(ErrorKind::kNoDevice, "this program was built without CUDA");
 }
 #endif

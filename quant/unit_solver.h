@@ -4,7 +4,9 @@
 #pragma once
 #include <memory>
 
+#include "quant/pack.h"
 #include "quant/solver.h"
+#include "quant/stage_clock.h"
 #include "runtime/backend.h"
 
 namespace q4s {
@@ -19,13 +21,19 @@ class UnitSolver {
   virtual ~UnitSolver() = default;
   // H = 0, and D, E where the correction towards full precision and the repair of the residual stream are wanted.
   virtual void begin(int64_t n, int64_t k, int64_t samples, bool corrects, bool residual) = 0;
+  // H = I, nothing summed or factored: for plain rounding without a calibration.
+  virtual void begin_identity(int64_t n, int64_t k) = 0;
   // Backend memory: x, x_full (T, K) inputs of the quantised and of the full-precision model's linear; r, r_full
   // (T, N) their residual streams. Only x is read unless begin() asked for the others.
   virtual void add(const float* x, const float* x_full, const float* r, const float* r_full, int64_t tokens) = 0;
-  virtual void wait() = 0;  // until what was added has been summed
   // Ends the sums; returns the damping used. Where nothing could be factored, solve() will round to nearest.
   virtual double factor(double damp, bool act_order) = 0;
-  virtual QuantizedLinear solve(const float* w, const SolveOptions&) = 0;  // w (N, K) in host memory
+  // w (N, K) in backend memory; columns of dead inputs become 0 in it. Codes and scales stay with the solver: the
+  // result has everything else.
+  virtual QuantizedLinear solve(float* w, const SolveOptions&) = 0;
+  // What was solved last: as it goes into the file, and (N, K) in backend memory as the packed kernels compute with it.
+  virtual PackedWeight packed() = 0;
+  virtual void values(float* to) = 0;
   // The factor in host memory, with h and u.
   virtual const HessianFactor& fetch() = 0;
 
@@ -33,7 +41,8 @@ class UnitSolver {
   virtual Distance distance(const float* x, const float* x_full, int64_t count) = 0;
 };
 
-std::unique_ptr<UnitSolver> make_unit_solver(Backend&);  // by the backend's name
-std::unique_ptr<UnitSolver> make_cuda_unit_solver(Backend&);
+// By the backend's name. The GPU's marks the stages inside a solve with the clock, where there is one.
+std::unique_ptr<UnitSolver> make_unit_solver(Backend&, StageClock* clock = nullptr);
+std::unique_ptr<UnitSolver> make_cuda_unit_solver(Backend&, StageClock*);
 
 }  // namespace q4s

@@ -68,6 +68,8 @@ class Backend {
   virtual void release(std::byte*) = 0;
   // Backend memory that is free now, where that is known.
   virtual std::optional<size_t> free_bytes() const { return std::nullopt; }
+  // What is taken of the device's memory now, by whomever; 0 where that is the host's.
+  virtual size_t used_bytes() const { return 0; }
   virtual void write(std::byte* to, const void* from_host, size_t bytes) = 0;
   virtual void read(void* to_host, const std::byte* from, size_t bytes) = 0;
 

@@ -93,6 +93,10 @@ class CudaBackend final : public Backend {
     if (cudaMemGetInfo(&free, &total) != cudaSuccess) return std::nullopt;
     return free;
   }
+  size_t used_bytes() const override {
+    size_t free = 0, total = 0;
+    return cudaMemGetInfo(&free, &total) == cudaSuccess ? total - free : 0;
+  }
   void write(std::byte* to, const void* from, size_t bytes) override {
     guarded("write", [&] {
       cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_.get()),

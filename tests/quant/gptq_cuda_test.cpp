@@ -327,17 +327,29 @@ TEST_CASE("cuda gptq: a unit through both solvers, and the same bits twice") {
   const auto more = oracle::gaussian(tokens * k, 24, 0.05f), more_r = oracle::gaussian(tokens * n, 25, 0.05f);
   for (size_t i = 0; i < x.size(); ++i) x_full[i] += more[i];
   for (size_t i = 0; i < r.size(); ++i) r_full[i] += more_r[i];
+  // The solution with its codes, and the values that come of them.
   const auto run = [&](Backend& b, UnitSolver& s, const SolveOptions& o) {
     std::vector<std::byte*> memory;
     const auto put = [&](const std::vector<float>& v) {
       memory.push_back(b.allocate(v.size() * sizeof(float), "test"));
       b.write(memory.back(), v.data(), v.size() * sizeof(float));
-      return reinterpret_cast<const float*>(memory.back());
+      return reinterpret_cast<float*>(memory.back());
     };
     s.begin(n, k, 4, true, true);
     s.add(put(x), put(x_full), put(r), put(r_full), tokens);
     CHECK(s.factor(0.05, true) == 0.05);
-    const QuantizedLinear q = s.solve(w.data(), o);
+    float* weights = put(w);
+    QuantizedLinear q = s.solve(weights, o);
+    CHECK(q.codes.empty());
+    const PackedWeight packed = s.packed();
+    q.codes.resize(n * k);
+    for (int64_t i = 0; i < n; ++i) unpack_nibbles(packed.view.row(i), k, &q.codes[i * k]);
+    q.scales = packed.scales;
+    std::vector<float> values(n * k), expected(n * k);
+    s.values(weights);
+    b.read(values.data(), reinterpret_cast<std::byte*>(weights), values.size() * sizeof(float));
+    q.dequantize(0, n, expected.data());
+    CHECK(values == expected);
     for (std::byte* p : memory) b.release(p);
     return q;
   };

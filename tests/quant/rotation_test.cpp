@@ -1,4 +1,5 @@
 #include "quant/rotation.h"
+#include "quant/weight_work.h"
 
 #include <doctest/doctest.h>
 
@@ -21,6 +22,11 @@ std::vector<double> dense(const Rotation& r) {  // R by its definition
   return m;
 }
 
+struct BlockWeights {
+  BlockNorms norms;
+  std::vector<float> qkv, o, gate_up, down;
+};
+
 // One block on a residual stream (T, D) in double; rope left out (it acts on q and k, which are not rotated).
 std::vector<double> block(const LlamaConfig& c, const BlockWeights& b, std::vector<double> x,
                           int64_t tokens) {
@@ -41,7 +47,7 @@ std::vector<double> block(const LlamaConfig& c, const BlockWeights& b, std::vect
         for (int64_t j = 0; j < k; ++j) y[t * n + i] += v[t * k + j] * w[i * k + j];
     return y;
   };
-  const auto qkv = linear(norm(x, b.attn_norm), b.qkv, c.qkv_dim(), c.dim);
+  const auto qkv = linear(norm(x, b.norms.attn), b.qkv, c.qkv_dim(), c.dim);
   std::vector<double> mixed(tokens * c.q_dim());
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t h = 0; h < c.heads; ++h) {
@@ -62,7 +68,7 @@ std::vector<double> block(const LlamaConfig& c, const BlockWeights& b, std::vect
   }
   const auto attn = linear(mixed, b.o, c.dim, c.q_dim());
   for (size_t i = 0; i < x.size(); ++i) x[i] += attn[i];
-  const auto both = linear(norm(x, b.mlp_norm), b.gate_up, 2 * c.hidden, c.dim);
+  const auto both = linear(norm(x, b.norms.mlp), b.gate_up, 2 * c.hidden, c.dim);
   std::vector<double> act(tokens * c.hidden);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < c.hidden; ++i) {
@@ -117,17 +123,21 @@ TEST_CASE("folded into a block, the function is unchanged") {
   c.kv_heads = 2;
   c.head_dim = 12;  // heads * head_dim != dim, and 12 = 4 * 3
   c.layers = 1;
-  BlockWeights b{oracle::gaussian(c.dim, 1),
+  BlockWeights b{{oracle::gaussian(c.dim, 1), oracle::gaussian(c.dim, 4)},
                  oracle::gaussian(c.qkv_dim() * c.dim, 2, 0.3f),
                  oracle::gaussian(c.dim * c.q_dim(), 3, 0.3f),
-                 oracle::gaussian(c.dim, 4),
                  oracle::gaussian(2 * c.hidden * c.dim, 5, 0.3f),
                  oracle::gaussian(c.dim * c.hidden, 6, 0.3f)};
   const int64_t tokens = 6;
   const auto x = oracle::gaussian(tokens * c.dim, 8);
   const Rotation r1 = make_rotation(c.dim, 1), r2 = make_rotation(c.head_dim, 2);
   BlockWeights turned = b;
-  rotate_block(turned, c, r1, r2, oracle::parts(3));
+  const auto backend = make_cpu_backend(3);
+  const std::unique_ptr<WeightWork> work = make_weight_work(*backend);
+  std::vector<float>* const units[] = {&turned.qkv, &turned.o, &turned.gate_up, &turned.down};
+  for (Unit u : kUnits) rotate_unit(*work, c, u, units[int(u)]->data(), b.norms, r1, r2);
+  const std::vector<float> ones(c.dim, 1.0f);
+  turned.norms = {ones, ones};
   CHECK(turned.qkv != b.qkv);
   const auto m = dense(r1);
   const auto apply = [&](const std::vector<double>& v) {

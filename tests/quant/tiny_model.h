@@ -38,15 +38,14 @@ struct Result {
   std::vector<BlockReport> blocks;
 };
 
-inline Result quantize(LlamaModel& m, const Calibration* calibration, const QuantizeOptions& o, int threads,
+inline Result quantize(LlamaModel& m, const Calibration* calibration, const QuantizeOptions& o, Backend& backend,
                        const Result* kept = nullptr, int64_t kept_blocks = 0) {
-  const auto backend = make_cpu_backend(threads);
-  const Team team = [&](const std::function<void(Part)>& fn) { backend->pool().run(fn); };
+  const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
   std::vector<Weight*> weights = {&m.weights.embed, &m.weights.final_norm};
   for (LlamaBlock& b : m.weights.blocks)
     for (Weight* w : {&b.attn_norm, &b.qkv, &b.o, &b.mlp_norm, &b.gate_up, &b.down}) weights.push_back(w);
   if (m.weights.head.view.n) weights.push_back(&m.weights.head);
-  backend->load(weights);  // random weights get their storage
+  make_cpu_backend(1)->load(weights);  // random weights get their storage
   const QuantizedFrame frame = quantize_frame(m, o, team);
   Result r;
   QuantizeSink sink;
@@ -57,14 +56,15 @@ inline Result quantize(LlamaModel& m, const Calibration* calibration, const Quan
     };
   }
   sink.unit = [&](int64_t, Unit, UnitResult& u) {
-    UnitResult copy;
-    copy.values = u.values;
-    copy.packed = std::move(u.packed);
-    r.units.push_back(std::move(copy));
+    r.units.push_back(std::move(u));
   };
-  sink.block_done = [&](int64_t, const BlockWeights&, const BlockReport& b) { r.blocks.push_back(b); };
-  quantize_blocks(m, *backend, frame, calibration, o, sink);
+  sink.block_done = [&](int64_t, const BlockNorms&, const BlockReport& b) { r.blocks.push_back(b); };
+  quantize_blocks(m, backend, frame, calibration, o, sink);
   return r;
+}
+inline Result quantize(LlamaModel& m, const Calibration* calibration, const QuantizeOptions& o, int threads,
+                       const Result* kept = nullptr, int64_t kept_blocks = 0) {
+  return quantize(m, calibration, o, *make_cpu_backend(threads), kept, kept_blocks);
 }
 
 }  // namespace q4s::tiny
