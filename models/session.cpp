@@ -109,7 +109,8 @@ void Session::truncate(int sequence, int64_t length) {
   lengths_.at(size_t(sequence)) = std::min(lengths_.at(size_t(sequence)), std::max<int64_t>(length, 0));
 }
 
-std::span<const float> Session::run(Plan& p, std::span<const TokenAt> batch, std::span<const int32_t> wanted) {
+std::span<const float> Session::run(Plan& p, std::span<const TokenAt> batch, std::span<const int32_t> wanted,
+                                    bool apart) {
   p.token.clear(), p.sequence.clear(), p.position.clear();
   for (const TokenAt& t : batch) {
     if (t.token < 0 || t.token >= model_.config.vocab)
@@ -123,7 +124,7 @@ std::span<const float> Session::run(Plan& p, std::span<const TokenAt> batch, std
   const int64_t reach = 1 + std::max_element(batch.begin(), batch.end(), [](const TokenAt& a, const TokenAt& b) {
                               return a.position < b.position;
                             })->position;
-  backend_.run(p.graph, {int64_t(batch.size()), int64_t(wanted.size()), reach}, kv_, scratch_);
+  backend_.run(p.graph, {int64_t(batch.size()), int64_t(wanted.size()), reach, apart}, kv_, scratch_);
 
   const size_t vocab = size_t(model_.config.vocab), n = wanted.size() * vocab;
   backend_.read(logits_.data(), p.logits->data, n * sizeof(float));
@@ -183,7 +184,7 @@ std::span<const float> Session::step(std::span<const std::pair<int, int32_t>> it
                                          std::to_string(options_.ctx));
     batch.push_back({token, sequence, int32_t(length)});
   }
-  const std::span<const float> logits = run(*decode_, batch, wanted);
+  const std::span<const float> logits = run(*decode_, batch, wanted, true);
   for (const auto& item : items) ++lengths_[size_t(item.first)];
   return logits;
 }

@@ -76,7 +76,8 @@ class Session {
 
  private:
   struct Plan;
-  std::span<const float> run(Plan&, std::span<const TokenAt>, std::span<const int32_t> wanted);
+  std::span<const float> run(Plan&, std::span<const TokenAt>, std::span<const int32_t> wanted,
+                             bool apart = false);
 
   LlamaModel& model_;
   Backend& backend_;

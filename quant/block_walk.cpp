@@ -225,6 +225,7 @@ class BlockWalk {
     for (const Projection& p : projections(c_))
       if (p.unit == u) shapes.push_back(work_->shape(w_.get() + p.begin * k, (p.end - p.begin) * k));
 
+    clock_->enter(Stage::kSolve);
     UnitResult result;
     std::vector<RowLoss> rows(n);
     if (o_.covers(name))

@@ -16,7 +16,7 @@ namespace q4s {
 namespace {
 
 constexpr int64_t kMostTogether = 128;
-constexpr int64_t kMostCacheBytes = int64_t(1) << 30;
+constexpr int64_t kMostCacheBytes = int64_t(24) << 30;
 
 void seal(Calibration& c) {
   c.hash = checksum_text(xxh3(c.tokens.data(), c.tokens.size() * sizeof(int32_t)));
@@ -96,14 +96,22 @@ Calibration calibration_from_text(const Tokenizer& tokenizer, const std::string&
 
 int64_t self_writing_batch(const LlamaConfig& c, int64_t samples, int64_t seq_len) {
   const int64_t cache = 4 * c.layers * c.kv_dim() * seq_len;  // keys and values of a sequence in fp16
-  return std::min(samples, std::clamp<int64_t>(kMostCacheBytes / cache, 1, kMostTogether));
+  const int64_t most = std::clamp<int64_t>(kMostCacheBytes / cache, 1, kMostTogether);
+  return ceil_div(samples, ceil_div(samples, most));  // batches of one size
 }
 
 Calibration calibration_self_written(LlamaModel& model, Backend& backend, int64_t samples, int64_t seq_len,
                                      uint64_t seed, const std::function<void(int64_t, int64_t)>& progress) {
   Calibration c{"self-written", "", samples, seq_len, seed, std::vector<int32_t>(samples * seq_len)};
-  const int64_t batch = self_writing_batch(model.config, samples, seq_len), vocab = model.config.vocab;
-  Session session(model, backend, {.ctx = seq_len, .sequences = int(batch), .chunk = 1, .kv = KvType::kF16});
+  const int64_t vocab = model.config.vocab;
+  int64_t batch = self_writing_batch(model.config, samples, seq_len);
+  const auto options = [&] {
+    return SessionOptions{.ctx = seq_len, .sequences = int(batch), .chunk = 1, .kv = KvType::kF16};
+  };
+  fill_rope(model, seq_len);
+  const std::optional<size_t> free = backend.free_bytes();
+  while (batch > 1 && free && Session::plan(model, backend, options()).total() > *free) batch = ceil_div(batch, 2);
+  Session session(model, backend, options());
   SamplerOptions whole;
   whole.temperature = 1;
   whole.top_k = 0;

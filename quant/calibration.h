@@ -34,8 +34,8 @@ Calibration calibration_from_text(const Tokenizer&, const std::string& path, int
 Calibration calibration_self_written(LlamaModel&, Backend&, int64_t samples, int64_t seq_len, uint64_t seed,
                                      const std::function<void(int64_t, int64_t)>& progress);
 
-// Sequences that self-writing decodes together: a fixed rule of the shape, so that results do not depend on
-// memory.
+// Sequences that self-writing decodes together: a rule of the shape, so that results do not depend on the machine
+// unless its memory is short.
 int64_t self_writing_batch(const LlamaConfig&, int64_t samples, int64_t seq_len);
 
 }  // namespace q4s

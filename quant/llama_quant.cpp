@@ -339,7 +339,9 @@ int quantize(const Cli& cli) {
     writing.submit([&writer, done = std::exchange(block, std::make_shared<FinishedBlock>())] { write(writer, *done); });
     report.blocks.push_back(b);
   };
-  sink.stage = [&](const std::string& stage, double seconds) { report.stages.emplace_back(stage, seconds); };
+  sink.stage = [&](const std::string& stage, double seconds) {
+    if (seconds > 0) report.stages.emplace_back(stage, seconds);
+  };
   sink.progress = [&](int64_t done, int64_t) {
     stop_if_requested();
     bar.update(done);
@@ -370,6 +372,7 @@ int quantize(const Cli& cli) {
     f.write(to_json(report));
     f.commit();
   }
+  if (cli.on("json")) out(to_json(report));
   std::string stages;
   for (const auto& [name, seconds] : report.stages)
     stages += strprintf("%s%s %.1f", stages.empty() ? "" : " | ", name.c_str(), seconds);
@@ -390,6 +393,7 @@ int run(int argc, char** argv) {
   cli.positional("OUT", ".q4s file to write", false);
   declare_quant_options(cli);
   cli.flag("dry-run", "show sizes and memory, do nothing");
+  cli.flag("json", "what --report writes, on stdout");
   cli.flag("resume", "go on where an interrupted run stopped");
   cli.flag("force", "overwrite OUT");
   cli.flag("show", "print header, tensors and sizes of a .q4s file");

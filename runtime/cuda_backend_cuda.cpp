@@ -52,7 +52,7 @@ struct StepKey {
   int64_t tokens, outputs, reach;
   const std::byte *kv, *scratch;
   const int32_t* drawn;
-  bool adjusts;
+  bool adjusts, apart;
   auto operator<=>(const StepKey&) const = default;
 };
 
@@ -209,7 +209,7 @@ class CudaBackend final : public Backend {
         std::max(kFirstBucket, int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(reach, 1)))));
     reach = reach ? std::min(step.kv.ctx, bucket) : step.kv.ctx;
     Captured& found = steps_[{&g, step.counts.tokens, step.counts.outputs, reach, step.kv.base, step.scratch,
-                              draw ? draw->drawn : nullptr, draw && draw->adjusts}];
+                              draw ? draw->drawn : nullptr, draw && draw->adjusts, step.counts.apart}];
     if (!found) found = capture(g, step, draw);
     cuda_check(cudaGraphLaunch(found.get(), stream_.get()), "graph launch");
   }
@@ -281,7 +281,7 @@ class CudaBackend final : public Backend {
                           kAhead,
                           base + memory.scratch,
                           d.params.penalises() || !d.banned.empty()};
-    CudaStep step = step_of({rows, rows}, kv, scratch);
+    CudaStep step = step_of({rows, rows, 0, true}, kv, scratch);
     std::vector<int32_t> tokens(static_cast<size_t>(rows));
     for (int64_t launched = 0, visited = 0; visited < d.steps; ++visited) {
       for (; launched < std::min(d.steps, visited + kAhead); ++launched) {

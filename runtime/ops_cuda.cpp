@@ -90,9 +90,9 @@ void rope_kv(const Tensor& t, const float* qkv, const Weight& table, float* q, c
                s.stream);
 }
 
-// Whether attention goes by tiles of queries.
-bool tiled_attention(const HeadShape& h, int64_t rows, const KvLayer& kv) {
-  return rows > kLinearDecodeTokens && attention_prefill_supported(kv, h.head_dim);
+// Whether attention goes by tiles of queries: where many of one sequence share its keys.
+bool tiled_attention(const HeadShape& h, const Counts& counts, const KvLayer& kv) {
+  return counts.tokens > kLinearDecodeTokens && !counts.apart && attention_prefill_supported(kv, h.head_dim);
 }
 
 // Whether this step stores t as fp16, (rows, cols) in the first half of its memory: what the one product that
@@ -101,7 +101,7 @@ bool stored_half(const Tensor& t, const CudaStep& s) {
   const int64_t rows = s.counts.of(t.rows);
   const bool made = t.op == Op::kLinear
                         ? t.epilogue == Epilogue::kSwiglu && many(on_device(*t.weight), t.epilogue, rows)
-                        : t.op == Op::kAttention && tiled_attention(t.head, rows, s.kv.layer(0));
+                        : t.op == Op::kAttention && tiled_attention(t.head, s.counts, s.kv.layer(0));
   return made && t.cols % kQ4TileCols == 0 && !t.keep && t.readers == 1 && t.reader->op == Op::kLinear &&
          !t.reader->gain && t.reader->src[0] == &t &&
          many(on_device(*t.reader->weight), t.reader->epilogue, rows);
@@ -211,11 +211,11 @@ void run_attention(Tensor& t, const CudaStep& s) {
   const int64_t rows = s.counts.of(t.rows);
   const Placement at{t.src[1]->i32(), t.src[2]->i32()};
   const KvLayer kv = s.kv.layer(h.layer);
-  if (tiled_attention(h, rows, kv))
+  if (tiled_attention(h, s.counts, kv))
     attention_prefill_cuda(
         {t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim},
         s.stream);
-  else if (rows <= kLinearDecodeTokens && h.head_dim <= 256)
+  else if ((rows <= kLinearDecodeTokens || s.counts.apart) && h.head_dim <= 256)
     attention_decode_cuda({t.src[0]->f32(), at, kv, t.f32(), rows, h.heads, h.kv_heads, h.head_dim,
                            s.counts.reach ? s.counts.reach : s.kv.ctx},
                           s.stream, true);

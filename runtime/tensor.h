@@ -21,7 +21,8 @@ enum class Rows : uint8_t { kTokens, kOutputs };
 
 struct Counts {
   int64_t tokens = 0, outputs = 0;
-  int64_t reach = 0;  // every position of the step is below it; 0: unknown, then the cache's ctx
+  int64_t reach = 0;   // every position of the step is below it; 0: unknown, then the cache's ctx
+  bool apart = false;  // no two tokens of the step belong to one sequence
   int64_t of(Rows r) const { return r == Rows::kTokens ? tokens : outputs; }
 };
 
