@@ -46,9 +46,26 @@ inline void once(B& v) {
 #endif
 }
 
+// n <= 16 halves to float; what lies behind them in y is left alone or set to 0.
+inline void load_halves(const uint16_t* p, int64_t n, float* y) {
+#if defined(__AVX512F__)
+  store(y, load_half_n(p, n));
+#else
+  int64_t i = 0;
+  for (; i + kW <= n; i += kW) store(y + i, load_half(p + i));
+#if defined(__F16C__)
+  if (i + 4 <= n) {
+    _mm_storeu_ps(y + i, _mm_cvtph_ps(_mm_loadu_si64(p + i)));
+    i += 4;
+  }
+#endif
+  for (; i < n; ++i) y[i] = half_value(p[i]);
+#endif
+}
+
 // R rows from r on, T tokens from t0 on. `per`: weight scales in one vector (group < its columns), else 1.
-// single: no group spans more than one vector.
-template <bool q4, bool half, int per, bool single, int T, int R>
+// span: vectors a group, 0 for any number.
+template <bool q4, bool half, int per, int span, int T, int R>
 void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t r) {
   constexpr int kCols = q4 ? 2 * kBytes : kBytes, kBlocks = kCols > kBlock ? kCols / kBlock : 1;
   constexpr int kQ = q4 ? 2 * kBytes : kBytes;  // activation bytes a vector
@@ -58,13 +75,13 @@ void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t 
   for (int t = 0; t < T; ++t) q[t] = reinterpret_cast<const int8_t*>(a.scratch + (t0 + t) * shape.at.bytes);
 
   // part += vector v of the rows times the tokens.
-  const auto multiply = [&](int64_t v, auto whole, F(&part)[T][R]) __attribute__((always_inline)) {
+  const auto multiply = [&](int64_t v, auto whole, bool fetch, F(&part)[T][R]) __attribute__((always_inline)) {
     B low[R], high[R];
     for (int i = 0; i < R; ++i) {
       const uint8_t* p = row[i] + v * kBytes;
       B codes = whole ? load<B>(p) : load_bytes(p, shape.bytes - v * kBytes);
       once(codes);
-      __builtin_prefetch(p + shape.ahead, 0, 2);
+      if (fetch) __builtin_prefetch(p + shape.ahead, 0, 2);
       low[i] = q4 ? low_codes<half>(codes) : q8_codes(codes);
       if (q4) high[i] = high_codes<half>(codes);
     }
@@ -85,47 +102,37 @@ void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t 
   constexpr std::true_type kWhole;
   constexpr std::false_type kTail;
 
-  constexpr int kScales = 16;  // converted to f32 at a time
+  constexpr int64_t kScales = 16;  // converted to f32 at a time
   float scales[R][kScales];
+  if (per > 1) std::memset(scales, 0, sizeof scales);
   const auto convert = [&](int64_t g) __attribute__((always_inline)) {  // from group g on
-    for (int i = 0; i < R; ++i) {
-      const uint16_t* scale = a.w.scales + (r + i) * shape.groups + g;
-      for (int64_t j = 0; j < kScales; j += kW)
-        store(&scales[i][j], load_half_n(scale + j, clamp64(shape.groups - g - j, 0, kW)));
-    }
+    for (int i = 0; i < R; ++i)
+      load_halves(a.w.scales + (r + i) * shape.groups + g, min64(kScales, shape.groups - g), scales[i]);
   };
   F total[T][R] = {};
   // total += part times the scales from group g on. The last vector of a row may hold fewer groups than `per`:
-  // absent scales are 0.
+  // the parts of absent ones are 0.
   const auto weigh = [&](int64_t g, const F(&part)[T][R]) __attribute__((always_inline)) {
     for (int i = 0; i < R; ++i) {
       const F s = spread<per>(&scales[i][g % kScales]);
       for (int t = 0; t < T; ++t) total[t][i] = fma(part[t][i], s, total[t][i]);
     }
   };
-  if constexpr (single) {
-    int64_t v = 0;
-    for (; v < shape.whole; ++v) {
-      if (v * per % kScales == 0) convert(v * per);
-      F part[T][R] = {};
-      multiply(v, kWhole, part);
-      weigh(v * per, part);
-    }
-    if (v < shape.vectors) {
-      if (v * per % kScales == 0) convert(v * per);
-      F part[T][R] = {};
-      multiply(v, kTail, part);
-      weigh(v * per, part);
-    }
-  } else {
-    for (int64_t v = 0, g = 0; v < shape.vectors; ++g) {
+  int64_t v = 0, g = 0;
+  if constexpr (span > 0)
+    for (; v + span <= shape.whole; v += span, g += per) {
       if (g % kScales == 0) convert(g);
       F part[T][R] = {};
-      const int64_t last = min64(shape.vectors, v + shape.per_group);
-      for (; v < min64(last, shape.whole); ++v) multiply(v, kWhole, part);
-      for (; v < last; ++v) multiply(v, kTail, part);
+      for (int i = 0; i < span; ++i) multiply(v + i, kWhole, i * kBytes % 64 == 0, part);
       weigh(g, part);
     }
+  for (; v < shape.vectors; g += per) {
+    if (g % kScales == 0) convert(g);
+    F part[T][R] = {};
+    const int64_t last = min64(shape.vectors, v + shape.per_group);
+    for (; v < min64(last, shape.whole); ++v) multiply(v, kWhole, true, part);
+    for (; v < last; ++v) multiply(v, kTail, true, part);
+    weigh(g, part);
   }
   for (int t = 0; t < T; ++t)
     for (int i = 0; i < R; ++i) {
@@ -134,24 +141,24 @@ void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t 
     }
 }
 
-template <bool q4, bool half, int per, bool single, int T>
+template <bool q4, bool half, int per, int span, int T>
 void gemv_tokens(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t begin, int64_t end) {
   constexpr int kRows = kW == 16 || T == 1 ? 4 : 2;
   int64_t r = begin;
-  for (; r + kRows <= end; r += kRows) gemv_rows<q4, half, per, single, T, kRows>(a, shape, t0, r);
-  for (; r < end; ++r) gemv_rows<q4, half, per, single, T, 1>(a, shape, t0, r);
+  for (; r + kRows <= end; r += kRows) gemv_rows<q4, half, per, span, T, kRows>(a, shape, t0, r);
+  for (; r < end; ++r) gemv_rows<q4, half, per, span, T, 1>(a, shape, t0, r);
 }
-template <bool q4, bool half, int per, bool single>
+template <bool q4, bool half, int per, int span>
 void gemv_scaled(const LinearArgs& a, const GemvShape& shape, int64_t begin, int64_t end) {
   int64_t t = 0;
-  for (; t + 4 <= a.tokens; t += 4) gemv_tokens<q4, half, per, single, 4>(a, shape, t, begin, end);
+  for (; t + 4 <= a.tokens; t += 4) gemv_tokens<q4, half, per, span, 4>(a, shape, t, begin, end);
   switch (a.tokens - t) {
     case 1:
-      return gemv_tokens<q4, half, per, single, 1>(a, shape, t, begin, end);
+      return gemv_tokens<q4, half, per, span, 1>(a, shape, t, begin, end);
     case 2:
-      return gemv_tokens<q4, half, per, single, 2>(a, shape, t, begin, end);
+      return gemv_tokens<q4, half, per, span, 2>(a, shape, t, begin, end);
     case 3:
-      return gemv_tokens<q4, half, per, single, 3>(a, shape, t, begin, end);
+      return gemv_tokens<q4, half, per, span, 3>(a, shape, t, begin, end);
   }
 }
 template <bool q4, bool half>
@@ -167,11 +174,16 @@ void gemv_coded(const LinearArgs& a, int64_t begin, int64_t end) {
                         .ahead = kAhead > 4 * bytes ? kAhead : 4 * bytes,
                         .at = token_layout(k)};
   if constexpr (kCols >= 128)
-    if (group * 4 == kCols) return gemv_scaled<q4, half, 4, true>(a, shape, begin, end);
+    if (group * 4 == kCols) return gemv_scaled<q4, half, 4, 1>(a, shape, begin, end);
   if constexpr (kCols >= 64)
-    if (group * 2 == kCols) return gemv_scaled<q4, half, 2, true>(a, shape, begin, end);
-  if (group == kCols) return gemv_scaled<q4, half, 1, true>(a, shape, begin, end);
-  gemv_scaled<q4, half, 1, false>(a, shape, begin, end);
+    if (group * 2 == kCols) return gemv_scaled<q4, half, 2, 1>(a, shape, begin, end);
+  switch (shape.per_group) {
+    case 1:
+      return gemv_scaled<q4, half, 1, 1>(a, shape, begin, end);
+    case 2:
+      return gemv_scaled<q4, half, 1, 2>(a, shape, begin, end);
+  }
+  gemv_scaled<q4, half, 1, 0>(a, shape, begin, end);
 }
 void gemv(const LinearArgs& a, int64_t begin, int64_t end) {
   if (a.w.format == Format::kQ8)
