@@ -11,6 +11,7 @@
 
 #include "kernels/device_array.h"
 #include "kernels/gptq_steps.h"
+#include "kernels/split_product.h"
 
 namespace q4s {
 namespace {
@@ -39,6 +40,10 @@ class Cut {
     pieces_.push_back([&pointer, at = bytes_](uint8_t* base) { pointer = reinterpret_cast<T*>(base + at); });
     bytes_ += round_up(std::max<int64_t>(count, 1) * int64_t(sizeof(T)), 256);
     return *this;
+  }
+  Cut& operator()(SplitMatrix& s, int64_t rows, int64_t cols, bool by_column) {
+    s.rows = rows, s.cols = cols, s.by_column = by_column;
+    return (*this)(s.high, rows * s.ld())(s.low, rows * s.ld())(s.scale, std::max(rows, cols));
   }
   void take() {
     uint8_t* base = memory_.take(bytes_);
@@ -74,6 +79,30 @@ struct GptqCuda::State {
     check(cublasSgemm(blas, op(tb), op(ta), int(n), int(m), int(k), &alpha, b, int(ldb), a, int(lda), &beta, c,
                       int(ldc)),
           "product");
+  }
+  // Row-major C (m, n) = alpha A B + beta add, A (m, k) split by row; B (k, n) split by column, or B^T by row. For the
+  // products of whole matrices: f32 ones would be most of the time.
+  void product(const SplitMatrix& a, const SplitMatrix& b, float alpha, float* c, const float* add = nullptr,
+               float beta = 0) {
+    const bool transposed = !b.by_column;
+    const int64_t m = a.rows, k = a.cols, n = transposed ? b.rows : b.cols;
+    const auto part = [&](const uint16_t* x, const uint16_t* y, float scale, float keep) {
+      check(cublasGemmEx(blas, op(transposed), CUBLAS_OP_N, int(n), int(m), int(k), &scale, y, CUDA_R_16F, int(b.ld()),
+                         x, CUDA_R_16F, int(a.ld()), &keep, c, CUDA_R_32F, int(n), CUBLAS_COMPUTE_32F,
+                         CUBLAS_GEMM_DEFAULT),
+            "product");
+    };
+    part(a.low, b.high, 1 / kSplitLow, 0);
+    part(a.high, b.low, 1 / kSplitLow, 1);
+    part(a.high, b.high, 1, 1);
+    unsplit_cuda(c, a.scale, b.scale, m, n, alpha, add, beta, stream);
+  }
+  // The same of f32 operands, each split on the way; whose memory `x` and `y` are.
+  void product(const float* a, const SplitMatrix& x, const float* b, const SplitMatrix& y, float alpha, float* c,
+               const float* add = nullptr, float beta = 0) {
+    split_cuda(a, x, stream);
+    split_cuda(b, y, stream);
+    product(x, y, alpha, c, add, beta);
   }
   // C (m, n; rows of ldc) += alpha A^T B over t rows of fp16.
   void gram(int64_t m, int64_t n, int64_t t, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
@@ -157,15 +186,19 @@ bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k)
 bool GptqCuda::correct(const GptqCorrectArgs& a) {
   const int64_t n = a.n, k = a.k, count = n * k;
   float *p, *q;
-  Cut(s_->memory)(p, count)(q, count).take();
-  if (a.e) {
+  SplitMatrix left, right;
+  Cut(s_->memory)(p, count)(q, count)(left, n, k, false)(right, k, k, true).take();
+  if (a.d) {
+    s_->product(a.w, left, a.d, right, a.alpha, p, a.e, a.beta);
+  } else {
     cuda_check(cudaMemcpyAsync(p, a.e, size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, s_->stream), "copy");
-    if (!a.d) check(cublasSscal(s_->blas, int(count), &a.beta, p, 1), "correction");
+    check(cublasSscal(s_->blas, int(count), &a.beta, p, 1), "correction");
   }
-  if (a.d) s_->product(false, false, n, k, k, a.alpha, a.w, k, a.d, k, a.e ? a.beta : 0, p, k);
   gptq_gather_columns_cuda(p, a.order, q, n, k, false, s_->stream);
-  s_->product(false, true, n, k, k, 1, q, k, a.u, k, 0, p, k);
-  s_->product(false, false, n, k, k, 1, p, k, a.u, k, 0, q, k);
+  right.by_column = false;
+  s_->product(q, left, a.u, right, 1, p);  // by U^T
+  right.by_column = true;
+  s_->product(p, left, a.u, right, 1, q);
   s_->flags.clear(2, s_->stream);
   gptq_finite_cuda(q, count, FLT_MAX, s_->flags.get(), s_->stream);
   if (s_->flagged()) return false;
@@ -184,9 +217,11 @@ void GptqCuda::solve(const GptqSolveArgs& a) {
 
 void GptqCuda::sweep(const GptqRefineArgs& a) {
   float *e, *gradient, *moved;
-  Cut(s_->memory)(e, a.n * a.k)(gradient, a.n * a.k)(moved, a.n * kGptqBlock).take();
+  SplitMatrix left, right;
+  Cut cut(s_->memory);
+  cut(e, a.n * a.k)(gradient, a.n * a.k)(moved, a.n * kGptqBlock)(left, a.n, a.k, false)(right, a.k, a.k, true).take();
   gptq_error_cuda({a.w, a.scales, a.codes, a.n, a.k, a.group, a.levels}, e, s_->stream);
-  s_->product(false, false, a.n, a.k, a.k, 1, e, a.k, a.h, a.k, 0, gradient, a.k);
+  s_->product(e, left, a.h, right, 1, gradient);
   GptqPanelArgs p{};
   p.m = a.h, p.scales = a.scales, p.codes = a.codes;
   p.n = a.n, p.k = a.k, p.group = a.group, p.levels = a.levels;
@@ -198,11 +233,17 @@ void GptqCuda::refit(const GptqRefineArgs& a) {
   const int64_t most = std::clamp<int64_t>(kSystemBytes / (groups * groups * 8), 1, a.n);
   float *levels, *product;
   double *m, *b;
-  Cut(s_->memory)(levels, most * k)(product, most * k)(m, most * groups * groups)(b, most * groups).take();
+  SplitMatrix left, right;
+  Cut cut(s_->memory);
+  cut(levels, most * k)(product, most * k)(m, most * groups * groups)(b, most * groups);
+  cut(left, most, k, false)(right, k, k, true).take();
+  split_cuda(a.h, right, s_->stream);
   for (int64_t row = 0; row < a.n; row += most) {
     const int64_t n = std::min(most, a.n - row);
     gptq_levels_cuda({nullptr, nullptr, a.codes + row * k, n, k, a.group, a.levels}, levels, s_->stream);
-    s_->product(false, false, n, k, k, 1, a.w + row * k, k, a.h, k, 0, product, k);
+    left.rows = n;
+    split_cuda(a.w + row * k, left, s_->stream);
+    s_->product(left, right, 1, product);
     gptq_group_dots_cuda(product, levels, b, n, k, a.group, 0, groups, s_->stream);
     for (int64_t g = 0; g < groups; ++g) {  // column g of every system
       const int64_t begin = g * a.group, size = std::min(a.group, k - begin);
@@ -217,10 +258,15 @@ void GptqCuda::refit(const GptqRefineArgs& a) {
 void GptqCuda::losses(const GptqRefineArgs& a, RowSums* sums, bool weights) {
   const int64_t n = a.n, k = a.k;
   float *e, *eh, *wh;
-  Cut(s_->memory)(e, n * k)(eh, n * k)(wh, weights ? n * k : 0).take();
+  SplitMatrix left, right;
+  Cut cut(s_->memory);
+  cut(e, n * k)(eh, n * k)(wh, weights ? n * k : 0)(left, n, k, false)(right, k, k, true).take();
   gptq_error_cuda({a.w, a.scales, a.codes, n, k, a.group, a.levels}, e, s_->stream);
-  s_->product(false, false, n, k, k, 1, e, k, a.h, k, 0, eh, k);
-  if (weights) s_->product(false, false, n, k, k, 1, a.w, k, a.h, k, 0, wh, k);
+  s_->product(e, left, a.h, right, 1, eh);
+  if (weights) {
+    split_cuda(a.w, left, s_->stream);
+    s_->product(left, right, 1, wh);
+  }
   gptq_row_sums_cuda(e, eh, weights ? a.w : nullptr, weights ? wh : nullptr, sums, n, k, s_->stream);
 }
 

@@ -55,7 +55,7 @@ QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64
   p.weights = 4 * widest + (samples ? (gpu ? 2 : 4) * streams * c.linear_weights() / c.layers : 0);
   p.hessian = 4 * k * k * (1 + streams) + (streams == 2 ? 4 * residual : 0);
   // A unit's copies and codes; the factorisation in f64 or what a step of the solve works in.
-  p.working = 10 * widest + std::max(16 * k * k, 12 * widest);
+  p.working = 10 * widest + std::max(16 * k * k, 16 * widest + 4 * k * k);
   if (!samples) return p;
   const WalkShape walk = walk_shape(c, o, samples, seq_len, gpu);
   p.activations = (gpu ? 2 : 4) * tokens *
