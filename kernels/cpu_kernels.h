@@ -23,6 +23,12 @@ struct CpuKernels {
   // F32, F16 and BF16.
   void (*dot_rows)(const LinearArgs&, int64_t begin, int64_t end);
 
+  // The other rows, unpacked by panels, for more tokens; layouts in simd_dense_gemm.h. `tile` as below.
+  int64_t (*dense_tile_bytes)(int64_t k);
+  int64_t (*dense_panel_bytes)(int64_t k);
+  void (*pack_tiles)(const LinearArgs&, int64_t begin_tile, int64_t end_tile);
+  void (*dense_gemm)(const LinearArgs&, int64_t begin, int64_t end, std::byte* panel);
+
   // kQ4, kQ8 on int8 activations; layouts in simd_int8.h. quantize and gemv serve a few tokens, one by one;
   // quantize_tiles and gemm many, `tile` at a time. The `bytes` are multiples of 64.
   int tile;

@@ -1,25 +1,19 @@
-// The definition of linear.h, and the choice among its fast paths (cpu_kernels.h, OpenBLAS). Threads take
-// whole rows, or whole panels of them, so that no sum depends on their number.
+// The definition of linear.h, and the choice among its fast paths (cpu_kernels.h). Threads take whole rows, so that
+// no sum depends on their number.
 #include "kernels/linear.h"
 
-#include <cstring>
 #include <vector>
 
 #include "kernels/cpu_kernels.h"
 
-#if Q4S_BLAS
-#include <cblas.h>
-#endif
-
 namespace q4s {
 namespace {
 
-constexpr int64_t kPanel = 64;  // rows
+constexpr int64_t kGrain = 32;  // rows; a multiple of what any kernel takes at a time
 
 int64_t row_scratch(const WeightView& w) { return round_up(w.k * 4, 64); }
-int64_t panel_scratch(const WeightView& w) { return round_up(kPanel * w.k * 4, 64); }
 
-enum class Path { kDot, kVector, kMatrix, kPanel };
+enum class Path { kDot, kVector, kMatrix, kDense };
 
 // By shape only, never by the number of threads.
 Path path_of(const WeightView& w, int64_t tokens) {
@@ -27,32 +21,8 @@ Path path_of(const WeightView& w, int64_t tokens) {
   const bool ours = w.format == Format::kQ4 || w.format == Format::kQ8;
   const bool groups = w.group == 32 || w.group == 64 || w.group % 128 == 0 || w.group >= w.k;
   if (ours && groups) return tokens <= kFew ? Path::kVector : Path::kMatrix;
-#if Q4S_BLAS
-  if (tokens > kFew) return Path::kPanel;
-#endif
-  return Path::kDot;
+  return tokens <= kFew ? Path::kDot : Path::kDense;
 }
-
-#if Q4S_BLAS
-// Rows [begin, end) by panels.
-void panels(const LinearArgs& a, int64_t begin, int64_t end, float* panel) {
-  // Our pool brings the threads; OpenBLAS (pthread build: safe to call from many) must not bring its own.
-  static const bool single = (openblas_set_num_threads(1), true);
-  (void)single;
-  const int64_t n = a.w.n, k = a.w.k;
-  for (int64_t i = begin; i < end; i += kPanel) {
-    const int64_t rows = std::min(kPanel, end - i);
-    dequantize_rows(a.w, i, i + rows, panel);
-    if (a.residual && a.residual != a.y)
-      for (int64_t t = 0; t < a.tokens; ++t)
-        std::memcpy(a.y + t * n + i, a.residual + t * n + i, size_t(rows) * 4);
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(a.tokens), int(rows), int(k), 1.f, a.x, int(k),
-                panel, int(k), a.residual ? 1.f : 0.f, a.y + i, int(n));
-  }
-}
-#else
-void panels(const LinearArgs&, int64_t, int64_t, float*) {}  // path_of never asks for it
-#endif
 
 }  // namespace
 
@@ -80,22 +50,23 @@ size_t linear_scratch_bytes(const WeightView& w, int64_t tokens, int threads) {
     case Path::kMatrix:
       return size_t(kernels.tile_bytes(w.k) * ceil_div(tokens, kernels.tile) +
                     kernels.panel_bytes(w) * threads);
-    case Path::kPanel:
-      return size_t(panel_scratch(w)) * size_t(threads);
+    case Path::kDense:
+      return size_t(kernels.dense_tile_bytes(w.k) * ceil_div(tokens, kernels.tile) +
+                    round_up(kernels.dense_panel_bytes(w.k), 64) * threads);
   }
   return 0;
 }
 
-void linear_quantize(const LinearArgs& a, Part part) {
+void linear_prepare(const LinearArgs& a, Part part) {
   const CpuKernels& kernels = cpu_kernels();
   const Path path = path_of(a.w, a.tokens);
   if (path == Path::kVector) {
     const auto [begin, end] = part.of(a.tokens);
     kernels.quantize(a, begin, end);
   }
-  if (path == Path::kMatrix) {
+  if (path == Path::kMatrix || path == Path::kDense) {
     const auto [begin, end] = part.of(ceil_div(a.tokens, kernels.tile));
-    kernels.quantize_tiles(a, begin, end);
+    (path == Path::kMatrix ? kernels.quantize_tiles : kernels.pack_tiles)(a, begin, end);
   }
 }
 
@@ -118,9 +89,11 @@ void linear(const LinearArgs& a, Part part) {
       std::byte* panel = a.scratch + kernels.tile_bytes(a.w.k) * ceil_div(a.tokens, kernels.tile);
       return kernels.gemm(a, begin, end, panel + kernels.panel_bytes(a.w) * part.index);
     }
-    case Path::kPanel: {
-      const auto [begin, end] = part.of(n, kPanel);
-      return panels(a, begin, end, reinterpret_cast<float*>(a.scratch + panel_scratch(a.w) * part.index));
+    case Path::kDense: {
+      const auto [begin, end] = part.of(n, kGrain);
+      std::byte* panel = a.scratch + kernels.dense_tile_bytes(a.w.k) * ceil_div(a.tokens, kernels.tile);
+      return kernels.dense_gemm(a, begin, end,
+                                panel + round_up(kernels.dense_panel_bytes(a.w.k), 64) * part.index);
     }
   }
 }

@@ -2,11 +2,12 @@
 //
 // Reference: f32 activations, double accumulator. Fast CPU paths, by format and number of tokens only:
 //   unquantised, up to 4 tokens     dot products, each row read once
-//   unquantised, more               panels of rows unpacked to f32, then a dense product (without OpenBLAS: as above)
-//   kQ4, kQ8                        activations rounded to int8 per block of 32 columns (linear_quantize), exact
+//   unquantised, more               panels of rows unpacked to f32, then a dense product
+//   kQ4, kQ8                        activations rounded to int8 per block of 32 columns, exact
 //                                   integer dot products, the grid's offset folded in through activation sums.
 //                                   Groups of 32, 64, a multiple of 128 or the whole row; others as unquantised
-// The fast path of kQ4/kQ8 runs in two steps with a barrier between: linear_quantize on all threads, then linear.
+// The fast paths run in two steps with a barrier between: linear_prepare on all threads (lays out the activations in
+// the scratch), then linear.
 #pragma once
 #include <cstddef>
 
@@ -26,7 +27,7 @@ struct LinearArgs {
 void linear_cpu(const LinearArgs&, Part = {});  // the definition
 
 size_t linear_scratch_bytes(const WeightView&, int64_t tokens, int threads);  // also enough for fewer tokens
-void linear_quantize(const LinearArgs&, Part = {});  // no-op unless linear() of this format reads int8 activations
+void linear_prepare(const LinearArgs&, Part = {});  // no-op where linear() reads x itself
 void linear(const LinearArgs&, Part = {});
 
 // Rows [begin, end) of w as f32: out (end-begin, k). The exact values every path computes with.

@@ -43,10 +43,8 @@ void run_linear(Tensor& t, const Step& s, Part p) {
   assert(!t.gain && t.epilogue == Epilogue::kNone);  // this backend asks for no fused graphs
   const LinearArgs args{t.src[0]->f32(), t.weight->view, t.src[1] ? t.src[1]->f32() : nullptr, t.f32(),
                         s.counts.of(t.rows), s.scratch};
-  if (t.weight->view.format == Format::kQ4 || t.weight->view.format == Format::kQ8) {
-    linear_quantize(args, p);
-    s.pool.barrier();
-  }
+  linear_prepare(args, p);
+  s.pool.barrier();
   linear(args, p);
 }
 

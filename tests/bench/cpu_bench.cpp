@@ -117,7 +117,7 @@ void bench_linear(const Bench& b, const std::string& model, Format f, const char
     b.line(name, m.bytes(), 2. * double(n * k * tokens), [&](int i) {
       const LinearArgs a{x.data(), m.copies[size_t(i) % m.copies.size()], nullptr, y.data(), tokens, aligned};
       b.pool->run([&](Part p) {
-        linear_quantize(a, p);
+        linear_prepare(a, p);
         b.pool->barrier();
         linear(a, p);
       });
