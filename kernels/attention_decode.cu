@@ -20,7 +20,7 @@
 namespace q4s {
 namespace {
 
-constexpr int kWarps = 8, kTile = 16, kMaxHeads = 8, kMaxCluster = 8;
+constexpr int kWarps = 4, kTile = 16, kMaxHeads = 8, kMaxCluster = 8;
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Params {
@@ -244,7 +244,7 @@ __device__ float load(const void* cache, KvType type, int64_t i) {
              : __half2float(__ushort_as_half(__ldcg(static_cast<const uint16_t*>(cache) + i)));
 }
 
-// One head a block; a warp takes every 8th position, a lane every 32nd dim (head_dim <= 256).
+// One head a block; a warp takes every fourth position, a lane every 32nd dim (head_dim <= 256).
 __global__ void __launch_bounds__(kWarps * 32) attention_plain_kernel(const __grid_constant__ Params p) {
   constexpr int kDims = 8;
   extern __shared__ __align__(16) float shared[];

@@ -12,21 +12,11 @@ namespace q4s {
 #define Q4S_HOPPER 1
 #endif
 
-// Cache policy for what is read once a step.
-__device__ inline uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // 16 bytes, global to shared, past the registers. Groups complete in order.
-__device__ inline void copy_async(void* to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "l"(policy)
-               : "memory");
+__device__ inline void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -45,20 +35,15 @@ __device__ inline void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-#ifdef Q4S_HOPPER
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-#endif
-}
-__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
-                                 uint64_t policy) {
+// One lane of the warp, all of whose lanes say the same, asks for a copy whose bytes complete the barrier.
+__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
 #ifdef Q4S_HOPPER
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-      "[%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
+      "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n}" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 #endif
 }
@@ -91,22 +76,29 @@ __device__ inline void cluster_sync() {
 
 // c (16x8, f32) += a (16x16) b (16x8), fp16 fragments of one warp.
 __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// c (16x8, int32) += a (16x32) b (32x8), bytes with or without a sign.
+#define Q4S_MMA_16832(A, B)                                                                                    \
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." #A "." #B ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                         \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+template <bool kSignedA, bool kSignedB>
+__device__ inline void mma_16832(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (kSignedA && kSignedB) Q4S_MMA_16832(s8, s8);
+  if (kSignedA && !kSignedB) Q4S_MMA_16832(s8, u8);
+  if (!kSignedA && kSignedB) Q4S_MMA_16832(u8, s8);
+  if (!kSignedA && !kSignedB) Q4S_MMA_16832(u8, u8);
+}
+#undef Q4S_MMA_16832
 // Transposes an 8x8 matrix of halves held as (row lane/4, columns 2*(lane%4), +1).
 __device__ inline uint32_t transpose_8x8(uint32_t v) {
   uint32_t r;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-  return r;
-}
-// a - b in both halves.
-__device__ inline uint32_t sub_half2(uint32_t a, uint32_t b) {
-  uint32_t r;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 __device__ inline uint32_t pack_half2(float low, float high) {

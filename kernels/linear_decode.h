@@ -6,8 +6,10 @@
 // is rotated and its k and v appended to the cache (RowMap::kRope). Everything is in device memory; positions
 // are read there.
 //
-// Values: codes are exact in fp16; x is rounded to fp16 under a power of two for each stretch of columns, so
-// that no x is too large; products are summed in f32, in an order that depends on the shapes alone.
+// Values: for integer codes each 128 columns of x are rounded to 16-bit integers below their largest, and the
+// sums of a group of codes are exact; for fp16 weights x is rounded to fp16 under a power of two for each 128
+// columns, so that no x is too large. These sums are added in f32, in an order that depends on the shapes
+// alone. An x that is no number makes every output of its token none.
 #pragma once
 #include "kernels/cuda_stream.h"
 #include "kernels/q4_tiles.h"
@@ -43,7 +45,7 @@ struct LinearDecodeArgs {
 
 // Most tokens for which this kernel beats a GEMM.
 constexpr int64_t kLinearDecodeTokens = 16;
-// Groups of 32, of 64 times a power of two, or whole rows; K up to 32768.
+// Groups of 32, of 64 times a power of two, or whole rows; a row of scales and a slice of x must fit a block.
 bool linear_decode_supported(const Q4Layout&);
 
 // pdl: programmatic dependent launch. The kernel then may start while its predecessor in the stream still

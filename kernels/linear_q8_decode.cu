@@ -5,12 +5,10 @@ namespace q4s {
 
 void linear_decode_wide(const LinearDecodeArgs& a, cudaStream_t stream, bool pdl) {
   const Q4Layout& l = a.w.layout;
-  if (l.bits == 16)
-    launch_tile<HalfTile, WeightStream<HalfTile, 3, 1, true>>(a, stream, pdl, {});
-  else if (l.group == 32 && l.k > 32)
-    launch_tile<Int8Tile<true>, WeightStream<Int8Tile<true>, 3, 2, true>>(a, stream, pdl, {});
-  else
-    launch_tile<Int8Tile<false>, WeightStream<Int8Tile<false>, 3, 2, true>>(a, stream, pdl, {});
+  if (l.bits == 16) return launch_linear_decode<HalfTile, 0>(a, stream, pdl);
+  if (l.group >= l.k || l.group >= 128) return launch_linear_decode<Int8Tile, 1>(a, stream, pdl);
+  if (l.group == 64) return launch_linear_decode<Int8Tile, 2>(a, stream, pdl);
+  launch_linear_decode<Int8Tile, 4>(a, stream, pdl);
 }
 
 }  // namespace q4s

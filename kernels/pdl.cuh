@@ -52,6 +52,11 @@ void launch(const char* what, void (*kernel)(Params...), dim3 grid, int threads,
             bool pdl, cudaStream_t stream, const Values&... values) {
   if (shared > 48 * 1024)
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
+  // Kernels that follow each other share the multiprocessors only if they divide L1 and shared memory alike.
+  if (pdl)
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               what);
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

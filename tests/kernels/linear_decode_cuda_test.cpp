@@ -74,8 +74,9 @@ struct Weights {
   }
 };
 
-// Every x is rounded to fp16: |error| <= 2^-11 sum |w x|, beside f32 sums of far smaller error and, with a
-// norm, the factor's few ulps on each.
+// fp16 weights: every x is rounded to fp16, |error| <= 2^-11 sum |w x|. Integer codes: every x is rounded to
+// a step of 1 / 32767 of the largest, |error| <= sum |w| * largest / 2 / 32767. Beside that f32 sums of far
+// smaller error and, with a norm, the factor's few ulps on each.
 void check(const Case& c) {
   const Q4Layout& l = c.layout;
   CAPTURE(l.n);
@@ -102,13 +103,16 @@ void check(const Case& c) {
   for (int64_t n = 0; n < l.n; ++n) {
     dequantize_rows(w.view, n, n + 1, row.data());
     for (int64_t i = 0; i < t; ++i) {
-      double sum = 0, size = 0;
+      double sum = 0, size = 0, weights = 0, top = 0;
       for (int64_t k = 0; k < l.k; ++k) {
         sum += double(row[k]) * normed[i * l.k + k];
         size += std::abs(double(row[k]) * normed[i * l.k + k]);
+        weights += std::abs(double(row[k]));
+        top = std::max(top, std::abs(double(normed[i * l.k + k])));
       }
       want[i * l.n + n] = sum + (c.residual ? residual[i * l.n + n] : 0);
-      bound[i * l.n + n] = size * (0x1p-11 + 0x1p-18) + 0x1p-22 * std::abs(want[i * l.n + n]);
+      const double rounding = l.bits == 16 ? size * 0x1p-11 : weights * top / 2 / 32767;
+      bound[i * l.n + n] = rounding * (1 + 0x1p-16) + size * 0x1p-18 + 0x1p-22 * std::abs(want[i * l.n + n]);
     }
   }
 
@@ -152,6 +156,9 @@ void check(const Case& c) {
   const std::vector<float> y = dy.get();
 
   const auto near = [](double got, double expected, double limit) {
+    CAPTURE(got);
+    CAPTURE(expected);
+    CAPTURE(limit);
     REQUIRE(std::abs(got - expected) <= limit);
   };
   if (c.epilogue == Epilogue::kNone) {

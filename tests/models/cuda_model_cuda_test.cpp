@@ -275,8 +275,8 @@ TEST_CASE("cuda: logits that are not finite stop a run and name the position") {
   };
   const std::vector<int32_t> tokens = {1, 2, 3};
   CHECK(message([&] { s.feed(tokens); }).find("position 2") != std::string::npos);
-  s.truncate(0, 3);
-  CHECK(message([&] { greedy(s, 4, 10); }).find("position 3") != std::string::npos);
+  CHECK(s.length(0) == 0);  // nothing of what failed is kept
+  CHECK(message([&] { greedy(s, 4, 10); }).find("position 0") != std::string::npos);
 }
 
 TEST_CASE("cuda: stories260K writes the golden text") {

@@ -1,0 +1,189 @@
+// The products of a decoding step on real shapes: microseconds, bytes per second and the share of the read
+// speed measured in the same run, in a graph of dependent launches. Weights of eight layers in turn, so that
+// none comes from the L2 cache.
+//   decode_bench_cuda [SHAPE...]    7b 8b 13b 70b tinyllama; default: 7b 8b
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+
+#include "device_buffer.h"
+#include "kernels/linear_decode.h"
+#include "kernels/read_sweep.h"
+
+using namespace q4s;
+
+namespace {
+
+constexpr int kLayers = 8, kMostTokens = 8, kContext = 16;
+
+struct Shape {
+  const char* name;
+  int64_t hidden, ffn, heads, kv_heads, head_dim;
+};
+constexpr Shape kShapes[] = {{"7b", 4096, 11008, 32, 32, 128},
+                             {"8b", 4096, 14336, 32, 8, 128},
+                             {"13b", 5120, 13824, 40, 40, 128},
+                             {"70b", 8192, 28672, 64, 8, 128},
+                             {"tinyllama", 2048, 5632, 32, 4, 64}};
+
+// Median microseconds of a replay of what `work` launches.
+double replay_us(cudaStream_t stream, const std::function<void()>& work) {
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "capture");
+  work();
+  cuda_check(cudaStreamEndCapture(stream, &graph), "capture");
+  cuda_check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+  cudaEvent_t begin, end;
+  cuda_check(cudaEventCreate(&begin), "event");
+  cuda_check(cudaEventCreate(&end), "event");
+  std::vector<float> times;
+  for (int i = 0; i < 15; ++i) {
+    cuda_check(cudaEventRecord(begin, stream), "record");
+    cuda_check(cudaGraphLaunch(exec, stream), "launch");
+    cuda_check(cudaEventRecord(end, stream), "record");
+    cuda_check(cudaEventSynchronize(end), "wait");
+    times.push_back(0);
+    cuda_check(cudaEventElapsedTime(&times.back(), begin, end), "time");
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2] * 1000.0;
+}
+
+struct Linear {
+  const char* name;
+  Q4Layout layout;
+  Epilogue epilogue;
+};
+
+// The four products of a layer with random weights, and what they read and write.
+class Layers {
+ public:
+  Layers(const Shape& s, int64_t group, Grid grid, cudaStream_t stream) : shape_(s), stream_(stream) {
+    const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
+    linears = {{"qkv",
+                {.n = q + 2 * kv,
+                 .k = s.hidden,
+                 .group = group,
+                 .map = RowMap::kRope,
+                 .head_dim = s.head_dim,
+                 .rotated = q + kv},
+                Epilogue::kRopeKv},
+               {"o", {.n = s.hidden, .k = q, .group = group}, Epilogue::kNone},
+               {"gate_up",
+                {.n = 2 * s.ffn, .k = s.hidden, .group = group, .map = RowMap::kPairHalves},
+                Epilogue::kSwiglu},
+               {"down", {.n = s.hidden, .k = s.ffn, .group = group}, Epilogue::kNone}};
+    std::mt19937_64 rng(1);
+    for (int layer = 0; layer < kLayers; ++layer)
+      for (const Linear& l : linears) {
+        std::vector<uint8_t> codes(size_t(l.layout.code_bytes()));
+        for (size_t i = 0; i + 8 <= codes.size(); i += 8) {
+          const uint64_t r = rng();
+          std::memcpy(&codes[i], &r, 8);
+        }
+        std::vector<uint16_t> scales(size_t(l.layout.scale_bytes() / 2));
+        for (size_t i = 0; i < scales.size(); ++i) scales[i] = i % 2 ? 0x9800 : 0x1800;  // +- 0.002
+        codes_.emplace_back(codes);
+        scales_.emplace_back(scales);
+        weights_.push_back({l.layout, grid, codes_.back().data(), scales_.back().data()});
+      }
+    std::normal_distribution<float> normal;
+    std::vector<float> values(size_t(kMostTokens * std::max(s.ffn, std::max(s.hidden, q))));
+    for (float& v : values) v = normal(rng);
+    for (DeviceBuffer<float>* b : {&x_, &hidden_, &gain_, &table_}) *b = DeviceBuffer<float>(values);
+    position_ = DeviceBuffer<int32_t>(std::vector<int32_t>(kMostTokens, 0));
+    keys_ = DeviceBuffer<uint16_t>(size_t(kContext * kv));
+    values_ = DeviceBuffer<uint16_t>(size_t(kContext * kv));
+  }
+
+  void launch(int layer, size_t i, int64_t tokens) const {
+    const bool norm = i == 0 || i == 2;
+    LinearDecodeArgs a{.x = norm ? x_.data() : hidden_.data(),
+                       .w = weights_[size_t(layer) * linears.size() + i],
+                       .epilogue = linears[i].epilogue,
+                       .y = norm ? hidden_.data() : x_.data(),
+                       .tokens = tokens};
+    if (norm) a.gain = gain_.data(), a.eps = 1e-5f;
+    if (!norm) a.residual = x_.data();
+    if (i == 0) {
+      a.table = table_.data();
+      a.at = {position_.data(), position_.data()};
+      a.kv = {keys_.data(), values_.data(), KvType::kF16, kContext};
+      a.heads = shape_.heads, a.kv_heads = shape_.kv_heads;
+    }
+    linear_decode_cuda(a, stream_, true);
+  }
+
+  std::vector<Linear> linears;
+
+ private:
+  Shape shape_;
+  cudaStream_t stream_;
+  std::vector<DeviceBuffer<uint8_t>> codes_;
+  std::vector<DeviceBuffer<uint16_t>> scales_;
+  std::vector<TiledWeight> weights_;
+  DeviceBuffer<float> x_, hidden_, gain_, table_;
+  DeviceBuffer<int32_t> position_;
+  DeviceBuffer<uint16_t> keys_, values_;
+};
+
+double bytes_of(const Linear& l) { return double(l.layout.code_bytes() + l.layout.scale_bytes()); }
+
+void report(const char* what, double us, double bytes, double speed) {
+  std::printf("  %-22s %7.2f us  %6.0f GB/s  %.3f of read\n", what, us, bytes / us / 1e3,
+              bytes / us * 1e6 / speed);
+}
+
+void bench(const Shape& s, int64_t group, Grid grid, bool each, double speed, cudaStream_t stream) {
+  const Layers layers(s, group, grid, stream);
+  std::printf("%s, groups of %d, %s grid\n", s.name, int(group),
+              grid == Grid::kInt ? "integer" : "half-step");
+  double bytes = 0;
+  for (const Linear& l : layers.linears) bytes += bytes_of(l);
+  for (const int tokens : {1, 2, 4, 8}) {
+    const double us = replay_us(stream, [&] {
+      for (int layer = 0; layer < kLayers; ++layer)
+        for (size_t i = 0; i < layers.linears.size(); ++i) layers.launch(layer, i, tokens);
+    });
+    report(("a layer, " + std::to_string(tokens) + " tokens").c_str(), us / kLayers, bytes, speed);
+  }
+  for (size_t i = 0; each && i < layers.linears.size(); ++i) {
+    const double us = replay_us(stream, [&] {
+      for (int r = 0; r < 4; ++r)
+        for (int layer = 0; layer < kLayers; ++layer) layers.launch(layer, i, 1);
+    });
+    report(layers.linears[i].name, us / (4 * kLayers), bytes_of(layers.linears[i]), speed);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  cudaStream_t stream;
+  if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) {
+    std::printf("SKIPPED: no GPU\n");
+    return 0;
+  }
+  cudaDeviceProp p;
+  cuda_check(cudaGetDeviceProperties(&p, 0), "properties");
+  const double speed = read_sweep_cuda(stream);
+  std::printf("%s, read speed %.0f GB/s\n", p.name, speed / 1e9);
+  std::vector<std::string> names(argv + 1, argv + argc);
+  if (names.empty()) names = {"7b", "8b"};
+  for (const Shape& s : kShapes) {
+    if (std::find(names.begin(), names.end(), s.name) == names.end()) continue;
+    bench(s, 128, Grid::kInt, true, speed, stream);
+    bench(s, 128, Grid::kHalf, false, speed, stream);
+    bench(s, 64, Grid::kInt, false, speed, stream);
+  }
+}
