@@ -1,4 +1,4 @@
-// attention_prefill.h, after FlashAttention-2 (Dao, 2023). A block takes 64 queries of one head, a warp 16 of
+// attention_prefill.h for any device of compute capability 8.0 and up, after FlashAttention-2 (Dao, 2023). A block takes 64 queries of one head, a warp 16 of
 // them; all walk the cache in tiles of 64 positions, copied asynchronously one tile ahead into swizzled
 // shared memory.
 //   S (16, 64) = Q K^T     Q in registers, K rows by ldmatrix
@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels/attention_prefill.h"
+#include "kernels/attention_prefill_sm90.cuh"
 #include "kernels/decode_ptx.cuh"
 #include "kernels/pdl.cuh"
 
@@ -215,6 +216,14 @@ bool attention_prefill_supported(const KvLayer& kv, int64_t head_dim) {
 }
 
 void attention_prefill_cuda(const AttentionPrefillArgs& a, cudaStream_t stream) {
+  // Its tile is 128 queries: of fewer than 64 half would be idle.
+  if (device_facts().hopper && (a.head_dim == 64 || a.head_dim == 128) && a.tokens > 64)
+    attention_prefill_sm90_cuda(a, stream);
+  else
+    attention_prefill_portable_cuda(a, stream);
+}
+
+void attention_prefill_portable_cuda(const AttentionPrefillArgs& a, cudaStream_t stream) {
   if (a.tokens == 0) return;
   const dim3 grid(unsigned(ceil_div(a.tokens, kQueries)), unsigned(a.heads));
   const float scale = kLog2e / sqrtf(float(a.head_dim));

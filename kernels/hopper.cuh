@@ -99,6 +99,14 @@ __device__ inline void tma_load(uint32_t to, const void* map, int c0, int c1, ui
       "l"(map), "r"(c0), "r"(c1), "r"(bar)
       : "memory");
 }
+// A box of a 3-D tensor map.
+__device__ inline void tma_load(uint32_t to, const void* map, int c0, int c1, int c2, uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar)
+      : "memory");
+}
 // To the same place of every block in `mask`, each counting the bytes on its own barrier.
 __device__ inline void tma_load_multicast(uint32_t to, const void* map, int c0, int c1, uint32_t bar,
                                           uint16_t mask) {
@@ -156,6 +164,14 @@ __device__ inline uint64_t wgmma_k_major(uint32_t address) {
   return uint64_t(kHigh) << 32 | (1u << 16 | (address & 0x3ffff) >> 4);
 }
 
+// N-major: a row holds 64 halves of N at one k; blocks of 64 are `stride` bytes apart, a step of 16 in K is +2048.
+__device__ inline uint64_t wgmma_n_major(uint32_t address, uint32_t stride) {
+  return wgmma_k_major(address) - (1u << 16) + (uint64_t(stride >> 4) << 16);
+}
+
+// Writes of this thread to shared memory before reads by wgmma or TMA; a barrier among threads must follow.
+__device__ inline void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // D (64, N) f32 (+)= A (64, 16) f16 in registers * B (16, N) f16 in shared memory. Per warp: 16 rows; thread
 // (g = lane/4, t = lane%4) holds d[4j..] = (g, 8j+2t), (g, 8j+2t+1), (g+8, 8j+2t), (g+8, 8j+2t+1), and
 // a = (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..). accumulate == 0 ignores the old D.
@@ -192,13 +208,13 @@ __device__ inline uint64_t wgmma_k_major(uint32_t address) {
 // kTransB: 0 for a K-major B, 1 for an MN-major one.
 template <int kN, int kTransB>
 struct WgmmaRs;
-Q4S_WGMMA_RS(16, 8, 0, Q4S_R8, 8, 9, 10, 11, 12, 13, Q4S_D8(0))
 Q4S_WGMMA_RS(32, 16, 0, Q4S_R8 "," Q4S_R16, 16, 17, 18, 19, 20, 21, Q4S_D8(0), Q4S_D8(8))
 Q4S_WGMMA_RS(64, 32, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32, 32, 33, 34, 35, 36, 37, Q4S_D32(0))
+Q4S_WGMMA_RS(64, 32, 1, Q4S_R8 "," Q4S_R16 "," Q4S_R32, 32, 33, 34, 35, 36, 37, Q4S_D32(0))
+Q4S_WGMMA_RS(128, 64, 1, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64, 64, 65, 66, 67, 68, 69, Q4S_D32(0),
+             Q4S_D32(32))
 Q4S_WGMMA_RS(128, 64, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64, 64, 65, 66, 67, 68, 69, Q4S_D32(0),
              Q4S_D32(32))
-Q4S_WGMMA_RS(192, 96, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64 "," Q4S_R96, 96, 97, 98, 99, 100, 101,
-             Q4S_D32(0), Q4S_D32(32), Q4S_D32(64))
 Q4S_WGMMA_RS(256, 128, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64 "," Q4S_R96 "," Q4S_R128, 128, 129, 130, 131,
              132, 133, Q4S_D32(0), Q4S_D32(32), Q4S_D32(64), Q4S_D32(96))
 

@@ -1,9 +1,9 @@
 // Launchers of linear_q4_gemm.h: activations to fp16 (with RMSNorm where asked), and the choice of the kernel.
-#include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_epilogue.cuh"
 #include "kernels/linear_q4_gemm_mma.cuh"
-#include "kernels/linear_q4_gemm_sm90.cuh"
+#include "kernels/linear_q4_gemm_sm90_loop.cuh"
 #include "kernels/pdl.cuh"
+#include "kernels/tensor_map.h"
 
 namespace q4s {
 namespace {
@@ -43,11 +43,31 @@ void q4_gemm_activations_cuda(const Q4GemmActivationsArgs& a, cudaStream_t strea
          a, q4_gemm_pitch(a.k));
 }
 
+Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, Q4Operands& operands) {
+  const int64_t groups = a.w.groups(), pitch = q4_gemm_pitch(a.w.k), n_tiles = a.w.n_tiles();
+  const int64_t row_words = a.w.k_tiles() * (kQ4TileBytes / 4);
+  operands.half_grid = a.grid == Grid::kHalf;
+  operands.group = int(groups == 1 ? round_up(a.w.k, kQ4GemmUnit) : a.w.group);
+  operands.box_groups = operands.group == 32 ? 2 : 1;
+  Q4Maps m;
+  m.x = tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, a.x, pitch, a.tokens, pitch * 2, kQ4TileCols, x_columns,
+                    CU_TENSOR_MAP_SWIZZLE_128B});
+  m.w = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT32, a.codes, row_words, n_tiles, row_words * 4, kQ4TileBytes / 4,
+                    rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
+  m.s = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT16, a.scales, groups * 16, n_tiles, groups * 32,
+                    operands.box_groups * 16, rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
+  return m;
+}
+
 void q4_gemm_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
-  if (c.hopper)
-    q4_gemm_sm90_cuda(a, c, stream);
-  else
-    q4_gemm_mma_cuda(a, c, stream);
+  switch (c.kernel) {
+    case Q4GemmKernel::kStream:
+      return q4_gemm_stream_cuda(a, c, stream);
+    case Q4GemmKernel::kSplit:
+      return q4_gemm_split_cuda(a, c, stream);
+    case Q4GemmKernel::kPortable:
+      return q4_gemm_mma_cuda(a, c, stream);
+  }
 }
 
 }  // namespace q4s

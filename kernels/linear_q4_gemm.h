@@ -1,8 +1,8 @@
 // y = x W^T for many tokens, W in Q4 tiles (q4_tiles.h), x fp16, fp32 accumulation on the tensor cores.
 //
 // The product is computed as y^T = W x^T: the int4 weights become the register operand of the mma, tokens are its
-// columns. Two kernels: sm_90a (warpgroup mma, TMA, clusters) and a plain mma.sync one for sm_80 and up, which
-// also takes the group sizes the first does not.
+// columns. Three kernels: two for sm_90a (warpgroup mma, TMA, clusters), for many tokens and for few, and a plain
+// mma.sync one for sm_80 and up, which also takes the group sizes the others do not.
 // Values: w' = fp16(scale * (q - 8)) (or q - 7.5), so |y - exact| <= sum |w x| (2^-11 + 2^-11 + small) when x was
 // rounded from f32. Sums run in an order fixed by shape and config: the same bits at every run.
 #pragma once
@@ -22,31 +22,44 @@ struct Q4GemmShape {
   bool hopper = true;  // sm_90a instructions available
 };
 
-// How a product is cut. A block computes rows x columns of y^T; `cluster` blocks below each other share the
-// activations by multicast. Work is counted in (tile, k_block) units: `whole` tiles go to one cluster each,
-// round robin; the units of the `streamed` ones are dealt evenly over the clusters, their parts summed in order.
+enum class Q4GemmKernel : uint8_t {
+  kStream,    // sm_90a, persistent: parts of (tile, K) dealt over the clusters
+  kSplit,     // sm_90a: a tile is computed by a cluster, each block a part of K
+  kPortable,  // mma.sync
+};
+constexpr int kQ4GemmUnit = 128;  // columns of W: K is cut by units on sm_90a
+
+// How a product is cut. A block computes rows x columns of y^T.
+// kStream: `cluster` blocks below each other share the activations by multicast. Work is counted in (tile, unit);
+// `whole` tiles go to one cluster each, round robin; the units of the `streamed` ones are dealt evenly over the
+// clusters, their parts summed in order.
 struct Q4GemmConfig {
-  bool hopper = false;
+  Q4GemmKernel kernel = Q4GemmKernel::kPortable;
   int rows = 0, columns = 0, cluster = 1;
-  int k_blocks = 0;                       // of 128 columns of W
-  int row_blocks = 0, column_blocks = 0;  // cluster tiles: row_blocks covers rows * cluster rows each
+  int k_blocks = 0;                       // units of K; kPortable: tiles of 64 columns
+  int row_blocks = 0, column_blocks = 0;  // tiles (of a cluster): row_blocks covers rows * cluster rows each
   int band = 1;                           // column blocks that run beside each other, for L2
-  int clusters = 0;                       // launched
+  int clusters = 0;                       // launched by kStream
   int streamed = 0, whole = 0;            // tiles; the streamed ones come first
-  int splits = 1;                         // mma.sync kernel: parts of K
+  bool staggered = false;                 // kStream: one warpgroup stores while the other multiplies
+  int splits = 1;                         // kSplit, kPortable: parts of K
   size_t workspace_bytes = 0;
   std::string print() const;
 };
 
-// Candidate tiles of the sm_90a kernel (rows, columns, cluster), and what the choice below picks from.
+// Tiles of the sm_90a kernels (rows, columns, cluster), which the choice below picks from.
 struct Q4GemmTile {
   int rows, columns, cluster;
 };
-constexpr Q4GemmTile kQ4GemmTiles[] = {{128, 16, 1},  {128, 32, 1},  {128, 64, 1},  {128, 64, 2},  {256, 64, 1},
-                                       {128, 128, 1}, {128, 128, 2}, {256, 128, 1}, {128, 256, 1}, {128, 256, 2}};
+constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {256, 128, 1}, {256, 128, 2}, {128, 256, 1}, {128, 256, 2}};
+constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {256, 32, 1},  {128, 64, 1},
+                                            {256, 64, 1}, {128, 128, 1}, {256, 128, 1}};
+constexpr int kQ4GemmMostSplits = 8;  // blocks of a cluster
 
-// The work split of one tile; `stream` deals the tiles beyond full waves in parts.
-Q4GemmConfig q4_gemm_config(const Q4GemmShape&, Q4GemmTile, bool stream);
+// kStream with one tile; `stream` deals the tiles beyond full waves in parts.
+Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape&, Q4GemmTile, bool stream);
+// kSplit with one tile and at most `splits` parts of K.
+Q4GemmConfig q4_gemm_config_split(const Q4GemmShape&, Q4GemmTile, int splits);
 // The mma.sync kernel.
 Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape&);
 // The best of them by an estimate of the time. Pure.

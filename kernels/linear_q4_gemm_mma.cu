@@ -4,6 +4,7 @@
 // the parts in the order of K.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_epilogue.cuh"
+#include "kernels/linear_q4_gemm_fragment.cuh"
 #include "kernels/linear_q4_gemm_mma.cuh"
 #include "kernels/pdl.cuh"
 

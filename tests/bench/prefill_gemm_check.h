@@ -6,6 +6,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <thread>
 
 #include "device_buffer.h"
 #include "kernels/half.h"
@@ -214,23 +215,29 @@ class GemmProblem {
     std::vector<float> x(t * k);
     for (int64_t i = 0; i < t; ++i)
       for (int64_t j = 0; j < k; ++j) x[i * k + j] = half_to_float(x_bits_[i * pitch + j]);
-    std::vector<float> row(k);  // exact: (code - 8) * fp16 has 15 bits
-    for (int64_t r = 0; r < n; ++r) {
-      for (int64_t j = 0; j < k; ++j) {
-        const int code = codes_[r * ((k + 1) / 2) + j / 2] >> (j % 2 * 4) & 15;
-        row[j] = half_to_float(scales_[r * groups + j / c_.group]) * (float(code) - (c_.grid == Grid::kInt ? 8.f : 7.5f));
-      }
-      for (int64_t i = 0; i < t; ++i) {
-        double sum = 0, magnitude = 0, ax = 0;
-        const float* xi = x.data() + i * k;
+    const auto rows = [&](int64_t begin, int64_t step) {
+      std::vector<float> row(k);  // exact: (code - 8) * fp16 has 15 bits
+      for (int64_t r = begin; r < n; r += step) {
         for (int64_t j = 0; j < k; ++j) {
-          const double v = double(row[j]) * double(xi[j]);
-          sum += v, magnitude += std::abs(v), ax += std::abs(xi[j]);
+          const int code = codes_[r * ((k + 1) / 2) + j / 2] >> (j % 2 * 4) & 15;
+          row[j] = half_to_float(scales_[r * groups + j / c_.group]) * (float(code) - (c_.grid == Grid::kInt ? 8.f : 7.5f));
         }
-        product_[i * n + r] = sum;
-        bound_[i * n + r] = magnitude * (0x1p-11 + (double(k) / 16 + 32) * 0x1p-22) + ax * 0x1p-24;
+        for (int64_t i = 0; i < t; ++i) {
+          double sum = 0, magnitude = 0, ax = 0;
+          const float* xi = x.data() + i * k;
+          for (int64_t j = 0; j < k; ++j) {
+            const double v = double(row[j]) * double(xi[j]);
+            sum += v, magnitude += std::abs(v), ax += std::abs(xi[j]);
+          }
+          product_[i * n + r] = sum;
+          bound_[i * n + r] = magnitude * (0x1p-11 + (double(k) / 16 + 32) * 0x1p-22) + ax * 0x1p-24;
+        }
       }
-    }
+    };
+    const int64_t count = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, 16);
+    std::vector<std::thread> threads;
+    for (int64_t i = 0; i < count; ++i) threads.emplace_back(rows, i, count);
+    for (std::thread& thread : threads) thread.join();
   }
   template <class One, class Rounded>
   void check_rope(int64_t i, const GemmResult& r, const One& one, const Rounded& rounded) {

@@ -22,7 +22,7 @@ Q4GemmShape shape(int64_t tokens, int64_t n, int64_t k, int64_t group = 128, Row
 // with begin > 0 being its first; every tile of the grid named once.
 void check_schedule(const Q4GemmShape& s, const Q4GemmConfig& c) {
   CAPTURE(c.print());
-  REQUIRE(c.hopper);
+  REQUIRE(c.kernel == Q4GemmKernel::kStream);
   REQUIRE(c.clusters >= 1);
   REQUIRE(c.clusters * c.cluster <= s.multiprocessors);
   const int tiles = c.whole + c.streamed;
@@ -61,6 +61,17 @@ void check_schedule(const Q4GemmShape& s, const Q4GemmConfig& c) {
   }
 }
 
+// Tiles cover the product; no part of K is empty.
+void check_split(const Q4GemmShape& s, const Q4GemmConfig& c) {
+  CAPTURE(c.print());
+  REQUIRE(c.kernel == Q4GemmKernel::kSplit);
+  REQUIRE(int64_t(c.row_blocks) * c.rows >= s.w.n_tiles() * 16);
+  REQUIRE(int64_t(c.column_blocks) * c.columns >= s.tokens);
+  REQUIRE(int64_t(c.k_blocks) * kQ4GemmUnit >= s.w.k);
+  REQUIRE(c.splits >= 1);
+  REQUIRE(c.splits <= std::min(c.k_blocks, kQ4GemmMostSplits));
+}
+
 }  // namespace
 
 TEST_CASE("q4_gemm_config: every unit of work is dealt once, for every tile and shape") {
@@ -68,8 +79,9 @@ TEST_CASE("q4_gemm_config: every unit of work is dealt once, for every tile and 
   for (int i = 0; i < 300; ++i) {
     const Q4GemmShape s = shape(1 + int64_t(r() % 9000), 1 + int64_t(r() % 30000), 1 + int64_t(r() % 12000),
                                 r() % 2 ? 128 : 32, r() % 2 ? RowMap::kPlain : RowMap::kPairHalves);
-    const Q4GemmTile tile = kQ4GemmTiles[r() % std::size(kQ4GemmTiles)];
-    check_schedule(s, q4_gemm_config(s, tile, i % 2));
+    const Q4GemmTile tile = kQ4GemmStreamTiles[r() % std::size(kQ4GemmStreamTiles)];
+    check_schedule(s, q4_gemm_config_stream(s, tile, i % 2));
+    check_split(s, q4_gemm_config_split(s, kQ4GemmSplitTiles[r() % std::size(kQ4GemmSplitTiles)], 1 + int(r() % 8)));
   }
 }
 
@@ -78,16 +90,19 @@ TEST_CASE("q4_gemm_config: the choice") {
     for (auto [n, k] : {std::pair<int64_t, int64_t>{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}, {576, 576}}) {
       const Q4GemmShape s = shape(tokens, n, k);
       const Q4GemmConfig c = q4_gemm_config(s);
-      check_schedule(s, c);
+      c.kernel == Q4GemmKernel::kStream ? check_schedule(s, c) : check_split(s, c);
       CHECK(c.print() == q4_gemm_config(s).print());
     }
   // Whole waves of large tiles when there is plenty of work.
-  CHECK(q4_gemm_config(shape(8192, 22016, 4096)).columns >= 128);
+  CHECK(q4_gemm_config(shape(8192, 22016, 4096)).kernel == Q4GemmKernel::kStream);
+  // Few tokens: all multiprocessors read weights.
+  const Q4GemmConfig few = q4_gemm_config(shape(32, 4096, 4096));
+  CHECK(few.row_blocks * few.column_blocks * few.splits >= 100);
   // Groups that stages do not line up with, and devices without wgmma, take the portable kernel.
-  CHECK_FALSE(q4_gemm_config(shape(64, 4096, 4096, 96)).hopper);
+  CHECK(q4_gemm_config(shape(64, 4096, 4096, 96)).kernel == Q4GemmKernel::kPortable);
   Q4GemmShape old = shape(64, 4096, 4096);
   old.hopper = false;
-  CHECK_FALSE(q4_gemm_config(old).hopper);
+  CHECK(q4_gemm_config(old).kernel == Q4GemmKernel::kPortable);
 }
 
 TEST_CASE("q4_gemm_config_portable: parts of K are not empty, counters fit") {

@@ -1,0 +1,10 @@
+// Between attention_prefill.cu, which chooses, and attention_prefill_sm90.cu.
+#pragma once
+#include "kernels/attention_prefill.h"
+
+namespace q4s {
+
+// head_dim 64 or 128, on a device of compute capability 9.0.
+void attention_prefill_sm90_cuda(const AttentionPrefillArgs&, cudaStream_t);
+
+}  // namespace q4s

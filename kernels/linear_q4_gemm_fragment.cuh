@@ -1,0 +1,38 @@
+// From a word of Q4 tiles to the A operand of a tensor core instruction. Shared by linear_q4_gemm*.cu only.
+#pragma once
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace q4s {
+
+// Weights of one lane: a word of Q4 tiles -> the A fragment of 16 rows x 16 columns, fp16(scale * (q - zero)).
+// `scale` and `half` are {row g, row g+8}: the scale twice, and scale/2 (grid kHalf) or 0 twice.
+struct Q4Fragment {
+  __half2 scale[2], half[2];
+
+  __device__ void set(const __half* row, bool half_grid) {  // row g of a 16-row column of scales
+    scale[0] = __half2half2(row[0]);
+    scale[1] = __half2half2(row[8]);
+    const __half2 h = __float2half2_rn(half_grid ? 0.5f : 0.f);
+    half[0] = __hmul2(scale[0], h);
+    half[1] = __hmul2(scale[1], h);
+  }
+  __device__ void unpack(uint32_t word, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool high = i % 2;  // the nibble's place; also the row: g or g + 8
+      // 1024 + q in the low place; 64 + q in the high one, whose unit is 1/16 there.
+      const uint32_t base = high ? 0x54005400u : 0x64006400u, offset = high ? 0x54805480u : 0x64086408u;
+      uint32_t bits;  // (word & mask) | base in one instruction
+      asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+          : "=r"(bits)
+          : "r"(i < 2 ? word : word >> 8), "r"(high ? 0x00f000f0u : 0x000f000fu), "r"(base));
+      const __half2 q = __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(offset));
+      const __half2 w = __hfma2(q, scale[high], half[high]);
+      a[i] = reinterpret_cast<const uint32_t&>(w);
+    }
+  }
+};
+
+}  // namespace q4s

@@ -1,0 +1,164 @@
+// The Hopper kernel of linear_q4_gemm.h for few tokens, where reading the weights takes the time. The blocks of a
+// cluster compute one tile, each a part of K; each then sums a share of the tokens over all of them, straight from
+// their shared memory and in the order of K. Small tiles leave room for two blocks a multiprocessor: those of the
+// next product fetch weights while these finish.
+#include "kernels/cuda_check.h"
+#include "kernels/linear_q4_gemm_sm90_loop.cuh"
+
+namespace q4s {
+namespace {
+
+template <int kRows, int kColumns, int kPerSm>
+using Tile = Q4Tile<kRows, kColumns, 1, kPerSm, 0>;
+
+struct Params {
+  Q4GemmSink sink;
+  Q4Operands operands;
+  int units, column_blocks, splits;
+};
+
+#if Q4S_SM90A
+
+using namespace hopper;
+
+// Stages of one part of K of one tile.
+struct Cursor {
+  int n_tile_, token0_, stage, end;
+  __device__ bool next() { return ++stage < end; }
+  __device__ int n_tile() const { return n_tile_; }
+  __device__ int token0() const { return token0_; }
+  __device__ int k_tile() const { return stage; }
+};
+
+__device__ float4 load_remote(uint32_t address, uint32_t rank) {
+  float4 v;
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n\t"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n\t}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return v;
+}
+
+// Four neighbouring floats of every block of the cluster, added in the order of K.
+__device__ float4 sum_parts(uint32_t address, int splits) {
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (int first = 0; first < splits; first += 4) {
+    float4 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (first + i < splits) v[i] = load_remote(address, first + i);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (first + i < splits) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+  }
+  return sum;
+}
+
+// Places of a share of the tokens, dealt over the consumers' threads step by step: rows of a token along threads.
+template <class T>
+struct SharePlaces {
+  const Q4GemmSink& s;
+  int row0, token0, first, count, step;
+  static constexpr int kThreads = kQ4Consumers * 128;
+
+  __device__ int lanes() const { return s.output == Q4GemmOutput::kStore ? T::kRows / 4 : T::kRows / 8; }
+  __device__ int item(int i) const { return (step * (s.output == Q4GemmOutput::kStore ? 4 : 2) + i) * kThreads + int(threadIdx.x); }
+  __device__ int token(int i) const { return item(i) / lanes(); }  // of the share
+  __device__ int row(int i) const {
+    const int lane = item(i) % lanes();
+    return s.output == Q4GemmOutput::kStore ? lane * 4 : lane / 2 * 16 + lane % 2 * 4;
+  }
+  __device__ bool any() const { return step * (s.output == Q4GemmOutput::kStore ? 4 : 2) * kThreads < count * lanes(); }
+  __device__ Q4SinkPlace operator()(int i) const {
+    return {row0 + row(i), token(i) < count ? token0 + first + token(i) : -1};
+  }
+};
+
+template <class T>
+__device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, int rank, int units, int row0, int token0) {
+  Q4Consumer<T> me{sh, p.operands};
+  float acc[T::kBlocks][T::kRegs];
+  me.multiply(units, -1, acc);
+  pdl_wait();  // the producer waited; what follows reads and writes what an earlier kernel may have used
+  me.finish(acc);
+  named_barrier(1, kQ4Consumers * 128);  // both are done with the ring: its memory takes the sums
+#pragma unroll
+  for (int b = 0; b < T::kBlocks; ++b)
+#pragma unroll
+    for (int j = 0; j < T::kColumns / 8; ++j)
+      q4_stage_sums(staged + ((me.group * T::kBlocks + b) * T::kColumns + j * 8) * kQ4TokenFloats, me.warp, me.lane,
+                    &acc[b][j * 4]);
+  const int tokens = min(T::kColumns, p.sink.tokens - token0);
+  SharePlaces<T> places{p.sink, row0, token0, tokens * rank / p.splits, 0, 0};
+  places.count = tokens * (rank + 1) / p.splits - places.first;
+  Q4SinkBatch batch;
+  batch.fetch(p.sink, places);
+  cluster_sync();
+  const uint32_t base = smem_address(staged);
+  while (places.any()) {
+    batch.finish(p.sink, places, [&](int i, int upper) {
+      const int row = places.row(i);
+      const int at = (row / 64 * T::kColumns + places.first + places.token(i)) * kQ4TokenFloats + q4_row_offset(row % 64);
+      return sum_parts(base + 4 * at + 32 * upper, p.splits);
+    });
+    ++places.step;
+    if (places.any()) batch.fetch(p.sink, places);
+  }
+  cluster_sync();  // others may still read this block's sums
+}
+
+#endif  // Q4S_SM90A
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, T::kPerSm)
+    q4_gemm_split_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
+#if Q4S_SM90A
+  extern __shared__ __align__(1024) uint8_t raw[];
+  pdl_trigger();
+  const Q4Shared<T> sh(raw);
+  if (threadIdx.x == 0) sh.init();
+  __syncthreads();
+  // Blocks of the same rows and other tokens start together: the weights are read once.
+  const int tile = int(blockIdx.x) / p.splits, rank = int(blockIdx.x) % p.splits;
+  const int row_block = tile / p.column_blocks, token0 = tile % p.column_blocks * T::kColumns;
+  const int begin = p.units * rank / p.splits, end = p.units * (rank + 1) / p.splits;
+  if (__shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) == kQ4Consumers) {
+    if constexpr (T::kMoveRegisters) give_registers<40>();
+    if (threadIdx.x == kQ4Consumers * 128)
+      q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, 0},
+                    Cursor{row_block * (T::kRows / 16), token0, begin * kQ4UnitStages - 1, end * kQ4UnitStages});
+    return;
+  }
+  if constexpr (T::kMoveRegisters) take_registers<232>();
+  consume<T>(p, sh, reinterpret_cast<float*>(raw), rank, end - begin, row_block * T::kRows, token0);
+#endif
+}
+
+template <class T>
+void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  static_assert(T::kRows / 64 * T::kColumns * kQ4TokenBytes <= T::kBarriers);
+  Params p = {};
+  p.sink = q4_gemm_sink(a);
+  p.units = c.k_blocks, p.column_blocks = c.column_blocks, p.splits = c.splits;
+  const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns, p.operands);
+  launch("q4_gemm_split", q4_gemm_split_kernel<T>, dim3(unsigned(c.row_blocks * c.column_blocks * c.splits)), T::kThreads,
+         T::kBytes, c.splits, a.pdl, stream, maps, p);
+}
+
+}  // namespace
+
+void q4_gemm_split_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  const auto is = [&](int rows, int columns) { return c.rows == rows && c.columns == columns; };
+  if (is(128, 32)) return start<Tile<128, 32, 2>>(a, c, stream);
+  if (is(256, 32)) return start<Tile<256, 32, 2>>(a, c, stream);
+  if (is(128, 64)) return start<Tile<128, 64, 2>>(a, c, stream);
+  if (is(256, 64)) return start<Tile<256, 64, 1>>(a, c, stream);
+  if (is(128, 128)) return start<Tile<128, 128, 1>>(a, c, stream);
+  if (is(256, 128)) return start<Tile<256, 128, 1>>(a, c, stream);
+  throw std::runtime_error("q4_gemm: no split kernel for this tile");
+}
+
+}  // namespace q4s

@@ -1,0 +1,224 @@
+// The Hopper kernel of linear_q4_gemm.h for many tokens. Persistent: a cluster walks a list of (tile, K range) parts.
+// Parts of one tile meet through the workspace, summed in the order of K. The second warpgroup runs half a ring
+// behind the first, so that the tensor core has work of one while the other stores a tile.
+#include "kernels/cuda_check.h"
+#include "kernels/linear_q4_gemm_schedule.h"
+#include "kernels/linear_q4_gemm_sm90_loop.cuh"
+
+namespace q4s {
+namespace {
+
+constexpr int kFlagBytes = 4096;
+constexpr int kChunk = 32;  // tokens that pass through shared memory at a time
+
+template <int kRows, int kColumns, int kCluster>
+using Tile = Q4Tile<kRows, kColumns, kCluster, 1, kQ4Consumers * kChunk * kQ4TokenBytes>;
+
+struct Params {
+  Q4GemmSink sink;
+  Q4GemmWork work;
+  Q4Operands operands;
+  int lead;         // stages that the second warpgroup stays behind; 0: free
+  float4* partial;  // (clusters * kCluster, kQ4Consumers, kBlocks * kRegs / 4, 128)
+  int* flags;       // (clusters * kCluster, kQ4Consumers)
+};
+
+#if Q4S_SM90A
+
+using namespace hopper;
+
+// Stages of a cluster's parts, in order.
+template <class T>
+class Cursor {
+ public:
+  __device__ Cursor(const Q4GemmWork& work, int v, int rank) : schedule_(work, v), rank_(rank) {}
+  __device__ bool next() {
+    if (++stage_ < end_) return true;
+    Q4GemmPart part;
+    if (!schedule_.next(part)) return false;
+    stage_ = part.begin * kQ4UnitStages, end_ = part.end * kQ4UnitStages;
+    n_tile_ = (part.row_block * T::kCluster + rank_) * (T::kRows / 16);
+    token0_ = part.column_block * T::kColumns;
+    return true;
+  }
+  __device__ int n_tile() const { return n_tile_; }
+  __device__ int token0() const { return token0_; }
+  __device__ int k_tile() const { return stage_; }
+
+ private:
+  Q4GemmSchedule schedule_;
+  int rank_, stage_ = 0, end_ = 0, n_tile_ = 0, token0_ = 0;
+};
+
+// Adds the parts of a split tile that later clusters computed, in the order of K.
+template <class T>
+__device__ void gather_parts(const Params& p, const Q4GemmSchedule& schedule, const Q4GemmPart& part, int v, int rank,
+                             int group, int thread, float (&acc)[T::kBlocks][T::kRegs]) {
+  const int64_t tile_end = int64_t(part.tile + 1) * p.work.k_blocks;
+  for (int h = v + 1; schedule.first_unit(h) < tile_end; ++h) {
+    const int slot = (h * T::kCluster + rank) * kQ4Consumers + group;
+    if (thread == 0) {
+      flag_wait(p.flags + slot);
+      p.flags[slot] = 0;  // as the next product expects it
+    }
+    named_barrier(1 + group, 128);
+    const float4* from = p.partial + int64_t(slot) * (T::kBlocks * T::kRegs / 4) * 128 + thread;
+#pragma unroll
+    for (int b = 0; b < T::kBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < T::kRegs / 4; ++i) {
+        const float4 r = __ldcg(from + (b * (T::kRegs / 4) + i) * 128);
+        acc[b][4 * i] += r.x, acc[b][4 * i + 1] += r.y, acc[b][4 * i + 2] += r.z, acc[b][4 * i + 3] += r.w;
+      }
+  }
+}
+
+template <class T>
+__device__ void publish_part(const Params& p, int v, int rank, int group, int thread,
+                             const float (&acc)[T::kBlocks][T::kRegs]) {
+  const int slot = (v * T::kCluster + rank) * kQ4Consumers + group;
+  float4* to = p.partial + int64_t(slot) * (T::kBlocks * T::kRegs / 4) * 128 + thread;
+#pragma unroll
+  for (int b = 0; b < T::kBlocks; ++b)
+#pragma unroll
+    for (int i = 0; i < T::kRegs / 4; ++i)
+      __stcg(to + (b * (T::kRegs / 4) + i) * 128,
+             make_float4(acc[b][4 * i], acc[b][4 * i + 1], acc[b][4 * i + 2], acc[b][4 * i + 3]));
+  __threadfence();
+  named_barrier(1 + group, 128);
+  if (thread == 0) flag_set(p.flags + slot);
+}
+
+// Rows and tokens of a chunk as a thread of the warpgroup takes them: a token's rows lie along neighbouring threads.
+struct ChunkPlaces {
+  const Q4GemmSink& s;
+  int thread, row0, token0;
+  __device__ int token(int i) const {
+    return s.output == Q4GemmOutput::kStore ? thread / 16 + 8 * i : thread / 8 + 16 * i;
+  }
+  __device__ int row() const {
+    return s.output == Q4GemmOutput::kStore ? thread % 16 * 4 : thread % 8 / 2 * 16 + thread % 2 * 4;
+  }
+  __device__ Q4SinkPlace operator()(int i) const {
+    const int t = token0 + token(i);
+    return {row0 + row(), t < s.tokens ? t : -1};
+  }
+};
+
+// A tile's sums to their place, kChunk tokens of 64 rows at a time. The first chunk's reads are already in `batch`.
+template <class T>
+__device__ void drain(const Q4GemmSink& s, float* buffer, int row0, int token0, int group, int thread, int warp, int lane,
+                      Q4SinkBatch& batch, const float (&acc)[T::kBlocks][T::kRegs]) {
+  constexpr int kOfBlock = T::kColumns / kChunk, kChunks = T::kBlocks * kOfBlock;
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    // Accumulators have fixed names: a branch each, but one copy of what follows.
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (chunk == c)
+#pragma unroll
+        for (int j = 0; j < kChunk / 8; ++j)
+          q4_stage_sums(buffer + j * 8 * kQ4TokenFloats, warp, lane, &acc[c / kOfBlock][(c % kOfBlock * (kChunk / 8) + j) * 4]);
+    named_barrier(1 + group, 128);
+    const auto places = [&](int c) {
+      return ChunkPlaces{s, thread, row0 + c / kOfBlock * 64, token0 + c % kOfBlock * kChunk};
+    };
+    const ChunkPlaces here = places(chunk);
+    batch.finish(s, here, [&](int i, int upper) {
+      return *reinterpret_cast<const float4*>(buffer + here.token(i) * kQ4TokenFloats + q4_row_offset(here.row()) + 8 * upper);
+    });
+    if (chunk + 1 < kChunks) batch.fetch(s, places(chunk + 1));
+    named_barrier(1 + group, 128);
+  }
+}
+
+template <class T>
+__device__ void consume(const Params& p, const Q4Shared<T>& sh, float* buffers, int v, int rank) {
+  Q4Consumer<T> me{sh, p.operands};
+  float* buffer = buffers + me.group * (kChunk * kQ4TokenFloats);
+  Q4GemmSchedule schedule(p.work, v);
+  Q4GemmPart part;
+  Q4SinkBatch batch;
+  float acc[T::kBlocks][T::kRegs];
+  uint32_t lead_parity = 0;
+  while (schedule.next(part)) {
+    const int units = part.end - part.begin;
+    // Only in long parts: there the first warpgroup cannot be two of them ahead, and the parity tells them apart.
+    const bool lead = p.lead > 0 && units * kQ4UnitStages >= 2 * T::kStages;
+    if (lead && me.group == 1) {
+      barrier_wait(sh.lead, lead_parity);
+      lead_parity ^= 1;
+    }
+    me.multiply(units, lead && me.group == 0 ? p.lead : -1, acc);
+    const int row0 = (part.row_block * T::kCluster + rank) * T::kRows + me.group * T::kBlocks * 64;
+    const int token0 = part.column_block * T::kColumns;
+    if (part.begin == 0) batch.fetch(p.sink, ChunkPlaces{p.sink, me.thread, row0, token0});
+    me.finish(acc);
+    if (part.begin > 0) {
+      publish_part<T>(p, v, rank, me.group, me.thread, acc);
+      continue;
+    }
+    if (part.end < p.work.k_blocks) gather_parts<T>(p, schedule, part, v, rank, me.group, me.thread, acc);
+    drain<T>(p.sink, buffer, row0, token0, me.group, me.thread, me.warp, me.lane, batch, acc);
+  }
+}
+
+#endif  // Q4S_SM90A
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    q4_gemm_stream_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
+#if Q4S_SM90A
+  extern __shared__ __align__(1024) uint8_t raw[];
+  pdl_trigger();
+  const Q4Shared<T> sh(raw);
+  // Blocks start in the order of their index: reversed, so that a part is computed no later than its sum.
+  const int v = p.work.clusters - 1 - int(blockIdx.x) / T::kCluster;
+  const int rank = T::kCluster == 1 ? 0 : int(cluster_rank());
+  if (threadIdx.x == 0) sh.init();
+  if constexpr (T::kCluster > 1)
+    cluster_sync();
+  else
+    __syncthreads();
+  if (__shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) == kQ4Consumers) {
+    if constexpr (T::kMoveRegisters) give_registers<40>();
+    if (threadIdx.x == kQ4Consumers * 128)
+      q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, rank}, Cursor<T>(p.work, v, rank));
+    __syncwarp();
+  } else {
+    if constexpr (T::kMoveRegisters) take_registers<232>();
+    pdl_wait();  // the sums below read and write what it may still use
+    consume<T>(p, sh, reinterpret_cast<float*>(raw + T::kRest), v, rank);
+  }
+  if constexpr (T::kCluster > 1) cluster_sync();  // peers still multicast to and arrive at a block's memory
+#endif
+}
+
+template <class T>
+void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  Params p = {};
+  p.sink = q4_gemm_sink(a);
+  p.work = {c.k_blocks, c.row_blocks, c.column_blocks, c.band, c.streamed, c.streamed + c.whole, c.clusters};
+  p.lead = c.staggered ? T::kStages / 2 : 0;
+  p.flags = reinterpret_cast<int*>(a.workspace);
+  p.partial = reinterpret_cast<float4*>(a.workspace + kFlagBytes);
+  const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns / T::kCluster, p.operands);
+  launch("q4_gemm_stream", q4_gemm_stream_kernel<T>, dim3(unsigned(c.clusters * T::kCluster)), T::kThreads, T::kBytes,
+         T::kCluster, a.pdl, stream, maps, p);
+}
+
+}  // namespace
+
+void q4_gemm_stream_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  const auto is = [&](int rows, int columns, int cluster) {
+    return c.rows == rows && c.columns == columns && c.cluster == cluster;
+  };
+  if (is(128, 128, 1)) return start<Tile<128, 128, 1>>(a, c, stream);
+  if (is(256, 128, 1)) return start<Tile<256, 128, 1>>(a, c, stream);
+  if (is(256, 128, 2)) return start<Tile<256, 128, 2>>(a, c, stream);
+  if (is(128, 256, 1)) return start<Tile<128, 256, 1>>(a, c, stream);
+  if (is(128, 256, 2)) return start<Tile<128, 256, 2>>(a, c, stream);
+  throw std::runtime_error("q4_gemm: no streaming kernel for this tile");
+}
+
+}  // namespace q4s
