@@ -97,7 +97,7 @@ TEST_CASE("q4_gemm_config: the choice") {
   CHECK(q4_gemm_config(shape(8192, 22016, 4096)).kernel == Q4GemmKernel::kStream);
   // Few tokens: all multiprocessors read weights.
   const Q4GemmConfig few = q4_gemm_config(shape(32, 4096, 4096));
-  CHECK(few.row_blocks * few.column_blocks * few.splits >= 100);
+  CHECK(few.row_blocks * few.column_blocks * few.splits >= 90);
   // Groups that stages do not line up with, and devices without wgmma, take the portable kernel.
   CHECK(q4_gemm_config(shape(64, 4096, 4096, 96)).kernel == Q4GemmKernel::kPortable);
   Q4GemmShape old = shape(64, 4096, 4096);
