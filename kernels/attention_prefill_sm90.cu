@@ -1,11 +1,12 @@
 // attention_prefill.h on Hopper for heads of 64 and 128, after FlashAttention-3 (Shah et al., 2024). A block takes 128
 // queries of one head, a warpgroup 64 of them. A producer fills a ring of K and V tiles of 128 positions by TMA.
-//   S (64, 128) = Q K^T    Q in registers
+//   S (64, 128) = Q K^T    Q from registers, which are loaded from shared memory for every tile
 //   O (64, hd) = P V       P is S's own registers, V read along its rows
 // While one warpgroup is at its softmax, the tensor core works for the other. Sums are f32; the order depends on the
 // shapes alone.
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <climits>
 
 #include "kernels/attention_prefill_sm90.cuh"
@@ -23,6 +24,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 struct Params {
   AttentionPrefillArgs a;
   float scale;  // log2(e) / sqrt(hd): the softmax works in base 2
+  int tiles;    // of queries
+  int band;     // heads that run beside each other, their keys and values in L2
 };
 
 // Queries of a tile that share a sequence: `end` positions are seen, all of them by those at `least` and beyond.
@@ -42,7 +45,8 @@ struct Ring {
   static constexpr int kBoxBytes = kKeys * 128;  // 64 columns
   static constexpr int kTileBytes = kHd / 64 * kBoxBytes;
   static constexpr int kBarriers = 2 * kStages * kTileBytes;  // after K and V tiles
-  static constexpr int kCommon = kBarriers + 4 * kStages * 8;
+  static constexpr int kQuery = kBarriers + 4 * kStages * 8;  // fragments: (hd / 16, threads) of 16 bytes
+  static constexpr int kCommon = kQuery + kQueries * kHd * 2;
   static constexpr int kBytes = kCommon + int(sizeof(Common));
 };
 
@@ -87,12 +91,17 @@ __device__ void find_passes(Common& c, const AttentionPrefillArgs& a, int64_t fi
     c.end[i] = 0, c.least[i] = INT_MAX, c.count[i] = 0;
   }
   __syncthreads();
+  const uint32_t mask = __ballot_sync(~0u, i < queries);
   if (i < queries) {
     int leader = 0;
     while (c.sequence[leader] != c.sequence[i]) ++leader;
-    atomicMax(&c.end[leader], c.position[i] + 1);
-    atomicMin(&c.least[leader], c.position[i]);
-    atomicAdd(&c.count[leader], 1);
+    const uint32_t same = __match_any_sync(mask, leader);
+    const int most = __reduce_max_sync(same, c.position[i]), least = __reduce_min_sync(same, c.position[i]);
+    if (i % 32 == __ffs(int(same)) - 1) {
+      atomicMax(&c.end[leader], most + 1);
+      atomicMin(&c.least[leader], least);
+      atomicAdd(&c.count[leader], __popc(same));
+    }
   }
   __syncthreads();
   if (i < kQueries) {
@@ -156,16 +165,23 @@ __device__ void consume(const Params& p, uint8_t* base, const Addresses<kHd>& at
   const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int rows[2] = {group * 64 + thread / 32 * 16 + g, group * 64 + thread / 32 * 16 + g + 8};
   const int64_t width = a.heads * kHd;
-  uint32_t q[kHd / 16][4];
+  // A thread's own fragments of Q, in shared memory: kept in registers over the loop, ptxas (13.0) lets the fragments
+  // of P overwrite them.
+  uint8_t* const fragments = base + R::kQuery + threadIdx.x * 16;
+  constexpr int kFragmentStride = kConsumers * 128 * 16;
 #pragma unroll
-  for (int c = 0; c < kHd / 16; ++c)
+  for (int c = 0; c < kHd / 16; ++c) {
+    uint32_t q[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = rows[i % 2], column = c * 16 + i / 2 * 8 + t * 2;
       float2 v = make_float2(0, 0);
       if (row < queries) v = *reinterpret_cast<const float2*>(a.q + (first_query + row) * width + head * kHd + column);
-      q[c][i] = pack_half2(v.x * p.scale, v.y * p.scale);
+      q[i] = pack_half2(v.x * p.scale, v.y * p.scale);
     }
+    *reinterpret_cast<uint4*>(fragments + c * kFragmentStride) = make_uint4(q[0], q[1], q[2], q[3]);
+  }
+  const uint32_t my_fragments = smem_address(fragments);
   const int mine[2] = {common.position[rows[0]], common.position[rows[1]]};
   const int my_sequence[2] = {common.sequence[rows[0]], common.sequence[rows[1]]};
 
@@ -177,6 +193,12 @@ __device__ void consume(const Params& p, uint8_t* base, const Addresses<kHd>& at
   Pass pass;
   while (passes.next(pass))
     for (int first = 0; first < pass.end; first += kKeys, ring.next()) {
+      uint32_t q[kHd / 16][4];
+#pragma unroll
+      for (int c = 0; c < kHd / 16; ++c) {
+        const uint4 v = load_shared(my_fragments + c * kFragmentStride);
+        q[c][0] = v.x, q[c][1] = v.y, q[c][2] = v.z, q[c][3] = v.w;
+      }
       barrier_wait(at.full_k + ring.stage * 8, ring.parity);
       wgmma_fence();
 #pragma unroll
@@ -269,8 +291,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     barrier_init_fence();
   }
-  const int head = int(blockIdx.y);
-  const int64_t first_query = (int64_t(gridDim.x) - 1 - blockIdx.x) * kQueries;  // the longest first
+  // Bands of heads; within one the tiles with most positions first, so that the last to start are short.
+  const int of_band = p.band * p.tiles, head0 = int(blockIdx.x) / of_band * p.band, in_band = int(blockIdx.x) % of_band;
+  const int band = min(p.band, int(p.a.heads) - head0), head = head0 + in_band % band;
+  const int64_t first_query = int64_t(p.tiles - 1 - in_band / band) * kQueries;
   const int queries = int(min(p.a.tokens - first_query, int64_t(kQueries)));
   pdl_wait();
   find_passes(common, p.a, first_query, queries);
@@ -294,9 +318,11 @@ void start(const AttentionPrefillArgs& a, cudaStream_t stream) {
     return tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, data, width, a.kv.ctx, width * 2, 64, kKeys,
                        CU_TENSOR_MAP_SWIZZLE_128B, kManySequences, a.kv.ctx * width * 2});
   };
-  const dim3 grid(unsigned(ceil_div(a.tokens, kQueries)), unsigned(a.heads));
-  const Params p{a, kLog2e / sqrtf(float(kHd))};
-  launch("attention_prefill_sm90", attention_prefill_sm90_kernel<kHd>, grid, kThreads, Ring<kHd>::kBytes, 1, true, stream,
+  constexpr int64_t kBandBytes = 24 << 20;
+  const int64_t tiles = ceil_div(a.tokens, kQueries), head_bytes = a.kv.ctx * kHd * 4 * a.kv_heads / a.heads;
+  const int64_t band = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(head_bytes, 1), 1, a.heads);
+  const Params p{a, kLog2e / sqrtf(float(kHd)), int(tiles), int(band)};
+  launch("attention_prefill_sm90", attention_prefill_sm90_kernel<kHd>, dim3(unsigned(tiles * a.heads)), kThreads, Ring<kHd>::kBytes, 1, true, stream,
          map(a.kv.k), map(a.kv.v), p);
 }
 

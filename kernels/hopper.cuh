@@ -32,12 +32,13 @@ __device__ inline void barrier_arrive_expect(uint32_t bar, uint32_t bytes) {
 __device__ inline void barrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// The same barrier of another block of the cluster.
+// The same barrier of another block of the cluster. For reads that are over: a release at the scope of the cluster
+// would drain all writes of the warp first, at every stage.
 __device__ inline void barrier_arrive_remote(uint32_t bar, uint32_t rank) {
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(bar), "r"(rank)
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(bar), "r"(rank)
       : "memory");
 }
 // A wait that outlasts seconds is a bug: stop the kernel rather than hang the device. The loop is one asm statement:
@@ -141,6 +142,23 @@ __device__ inline void take_registers() {
 }
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- shared memory by address ------------------------------------------------------------------------------------
+__device__ inline uint4 load_shared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+__device__ inline void store_shared(uint32_t to, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
+// Four 8x8 matrices of 16-bit elements, held as accumulators of mma are (row lane/4, columns 2*(lane%4)..), stored
+// with columns as rows of 16 bytes: lane l gives the address of column l%8 of matrix l/8.
+__device__ inline void store_matrices_transposed(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
 }
 
 // ---- warpgroup mma -----------------------------------------------------------------------------------------------

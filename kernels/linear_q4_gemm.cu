@@ -47,8 +47,11 @@ Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, Q4Operands& op
   const int64_t groups = a.w.groups(), pitch = q4_gemm_pitch(a.w.k), n_tiles = a.w.n_tiles();
   const int64_t row_words = a.w.k_tiles() * (kQ4TileBytes / 4);
   operands.half_grid = a.grid == Grid::kHalf;
-  operands.group = int(groups == 1 ? round_up(a.w.k, kQ4GemmUnit) : a.w.group);
-  operands.box_groups = operands.group == 32 ? 2 : 1;
+  // Tiles of K a group, or one group for all. Exact: k_tiles() < 2^16 (checked), and the error of a reciprocal < 2^-32.
+  const int64_t tiles = groups == 1 ? 1 << 16 : a.w.group / kQ4TileCols;
+  if (a.w.k_tiles() >= 1 << 16) throw std::runtime_error("q4_gemm: rows longer than 4 million columns");
+  operands.stage_groups = tiles > 1 ? uint32_t((int64_t(1) << 32) / tiles + 1) : 0;
+  operands.box_groups = a.w.group == 32 && groups > 1 ? 2 : 1;
   Q4Maps m;
   m.x = tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, a.x, pitch, a.tokens, pitch * 2, kQ4TileCols, x_columns,
                     CU_TENSOR_MAP_SWIZZLE_128B});

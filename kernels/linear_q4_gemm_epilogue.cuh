@@ -40,7 +40,7 @@ inline Q4GemmSink q4_gemm_sink(const Q4GemmArgs& a) {
 __device__ inline __half saturated_half(float v) {
   return __float2half_rn(v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v);
 }
-__device__ inline float silu(float v) { return v / (1.f + __expf(-v)); }
+__device__ inline float silu(float v) { return __fdividef(v, 1.f + __expf(-v)); }
 
 __device__ inline void sink_store(void* p, bool half, int64_t i, float v) {
   if (half)

@@ -19,7 +19,8 @@ constexpr size_t kQ4SharedBytesOfTwo = 113 * 1024;
 
 // What both kernels need to load and convert.
 struct Q4Operands {
-  int group, box_groups;  // columns of a group; scale rows of a stage
+  uint32_t stage_groups;  // groups a stage moves on, in 2^-32, rounded up; 0: a stage has box_groups of its own
+  int box_groups;         // scale rows of a stage
   bool half_grid;
 };
 
@@ -94,7 +95,8 @@ struct Q4Loader {
     const uint32_t full = sh.full + stage * 8;
     hopper::barrier_arrive_expect(full, T::kXBytes + T::kWBytes + T::kRows / 16 * p.box_groups * 32);
     hopper::tma_load(sh.w + stage * T::kWBytes, &map_w, k_tile * (kQ4TileBytes / 4), n_tile, full);
-    hopper::tma_load(sh.s + stage * T::kSBytes, &map_s, k_tile * kQ4TileCols / p.group * 16, n_tile, full);
+    const int group = p.stage_groups ? int(__umulhi(uint32_t(k_tile), p.stage_groups)) : k_tile * p.box_groups;
+    hopper::tma_load(sh.s + stage * T::kSBytes, &map_s, group * 16, n_tile, full);
   }
   __device__ void activations(int stage, int token0, int k_tile) const {
     constexpr int kSlice = T::kColumns / T::kCluster;

@@ -21,13 +21,17 @@ struct Params {
 
 using namespace hopper;
 
-// Stages of one part of K of one tile.
+// Stages of one part of K of one tile. Blocks start at different places of their part: all at once, they would ask the
+// second cache for the same lines of activations.
 struct Cursor {
-  int n_tile_, token0_, stage, end;
-  __device__ bool next() { return ++stage < end; }
+  int n_tile_, token0_, begin, count, turn, done = -1;
+  __device__ bool next() { return ++done < count; }
   __device__ int n_tile() const { return n_tile_; }
   __device__ int token0() const { return token0_; }
-  __device__ int k_tile() const { return stage; }
+  __device__ int k_tile() const {
+    const int at = done + turn;
+    return begin + (at < count ? at : at - count);
+  }
 };
 
 __device__ float4 load_remote(uint32_t address, uint32_t rank) {
@@ -129,7 +133,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kPerSm)
     if constexpr (T::kMoveRegisters) give_registers<40>();
     if (threadIdx.x == kQ4Consumers * 128)
       q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, 0},
-                    Cursor{row_block * (T::kRows / 16), token0, begin * kQ4UnitStages - 1, end * kQ4UnitStages});
+                    Cursor{row_block * (T::kRows / 16), token0, begin * kQ4UnitStages, (end - begin) * kQ4UnitStages,
+                           row_block % (end - begin) * kQ4UnitStages});
     return;
   }
   if constexpr (T::kMoveRegisters) take_registers<232>();

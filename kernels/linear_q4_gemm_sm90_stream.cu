@@ -3,6 +3,7 @@
 // behind the first, so that the tensor core has work of one while the other stores a tile.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_schedule.h"
+#include "kernels/linear_q4_gemm_sm90_drain.cuh"
 #include "kernels/linear_q4_gemm_sm90_loop.cuh"
 
 namespace q4s {
@@ -12,12 +13,14 @@ constexpr int kFlagBytes = 4096;
 constexpr int kChunk = 32;  // tokens that pass through shared memory at a time
 
 template <int kRows, int kColumns, int kCluster>
-using Tile = Q4Tile<kRows, kColumns, kCluster, 1, kQ4Consumers * kChunk * kQ4TokenBytes>;
+using Tile = Q4Tile<kRows, kColumns, kCluster, 1, kQ4Consumers * (kQ4DrainBytes + kColumns * 8)>;
+static_assert(kChunk * kQ4TokenBytes <= kQ4DrainBytes);
 
 struct Params {
   Q4GemmSink sink;
   Q4GemmWork work;
   Q4Operands operands;
+  bool drain;       // q4_drain_takes
   int lead;         // stages that the second warpgroup stays behind; 0: free
   float4* partial;  // (clusters * kCluster, kQ4Consumers, kBlocks * kRegs / 4, 128)
   int* flags;       // (clusters * kCluster, kQ4Consumers)
@@ -132,10 +135,29 @@ __device__ void drain(const Q4GemmSink& s, float* buffer, int row0, int token0, 
   }
 }
 
+// A tile's sums to their place.
 template <class T>
-__device__ void consume(const Params& p, const Q4Shared<T>& sh, float* buffers, int v, int rank) {
+__device__ void finish_tile(const Params& p, const Q4DrainPlace& at, uint8_t* buffer, Q4SinkBatch& batch,
+                            const float (&acc)[T::kBlocks][T::kRegs]) {
+  if (!p.drain) {
+    named_barrier(1 + at.group, 128);  // the buffer may serve the tile before
+    drain<T>(p.sink, reinterpret_cast<float*>(buffer), at.row0, at.token0, at.group, int(at.thread), int(at.warp), int(at.lane), batch,
+             acc);
+  } else if (p.sink.output == Q4GemmOutput::kSwiglu) {
+    q4_drain_swiglu<T>(p.sink, at, acc);
+  } else if (p.sink.output == Q4GemmOutput::kStore) {
+    q4_drain_store<T>(p.sink, at, acc);
+  } else {
+    q4_drain_rope<T>(p.sink, at, acc);
+  }
+}
+
+template <class T>
+__device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, int v, int rank) {
+  constexpr int kPlaces = T::kColumns / 128;  // (position, sequence) that a thread fetches
   Q4Consumer<T> me{sh, p.operands};
-  float* buffer = buffers + me.group * (kChunk * kQ4TokenFloats);
+  uint8_t* buffer = rest + me.group * kQ4DrainBytes;
+  int2* places = reinterpret_cast<int2*>(rest + kQ4Consumers * kQ4DrainBytes) + me.group * T::kColumns;
   Q4GemmSchedule schedule(p.work, v);
   Q4GemmPart part;
   Q4SinkBatch batch;
@@ -152,14 +174,28 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* buffers, 
     me.multiply(units, lead && me.group == 0 ? p.lead : -1, acc);
     const int row0 = (part.row_block * T::kCluster + rank) * T::kRows + me.group * T::kBlocks * 64;
     const int token0 = part.column_block * T::kColumns;
-    if (part.begin == 0) batch.fetch(p.sink, ChunkPlaces{p.sink, me.thread, row0, token0});
+    int2 place[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const int token = token0 + me.thread + 128 * i;
+      const bool there = p.drain && p.sink.output == Q4GemmOutput::kRopeKv && token < p.sink.tokens;
+      place[i] = there ? make_int2(p.sink.position[token], p.sink.sequence[token]) : make_int2(0, 0);
+    }
+    if (part.begin == 0 && !p.drain) batch.fetch(p.sink, ChunkPlaces{p.sink, me.thread, row0, token0});
     me.finish(acc);
     if (part.begin > 0) {
       publish_part<T>(p, v, rank, me.group, me.thread, acc);
       continue;
     }
     if (part.end < p.work.k_blocks) gather_parts<T>(p, schedule, part, v, rank, me.group, me.thread, acc);
-    drain<T>(p.sink, buffer, row0, token0, me.group, me.thread, me.warp, me.lane, batch, acc);
+    if (p.drain && p.sink.output == Q4GemmOutput::kRopeKv) {
+      named_barrier(1 + me.group, 128);  // the places of the tile before are read
+#pragma unroll
+      for (int i = 0; i < kPlaces; ++i) places[me.thread + 128 * i] = place[i];
+    }
+    Q4DrainPlace at{row0, token0, me.group, uint32_t(me.thread), uint32_t(me.warp), uint32_t(me.lane), smem_address(buffer), places};
+    at.pin();
+    finish_tile<T>(p, at, buffer, batch, acc);
   }
 }
 
@@ -188,7 +224,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   } else {
     if constexpr (T::kMoveRegisters) take_registers<232>();
     pdl_wait();  // the sums below read and write what it may still use
-    consume<T>(p, sh, reinterpret_cast<float*>(raw + T::kRest), v, rank);
+    consume<T>(p, sh, raw + T::kRest, v, rank);
   }
   if constexpr (T::kCluster > 1) cluster_sync();  // peers still multicast to and arrive at a block's memory
 #endif
@@ -199,6 +235,7 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   Params p = {};
   p.sink = q4_gemm_sink(a);
   p.work = {c.k_blocks, c.row_blocks, c.column_blocks, c.band, c.streamed, c.streamed + c.whole, c.clusters};
+  p.drain = q4_drain_takes(p.sink);
   p.lead = c.staggered ? T::kStages / 2 : 0;
   p.flags = reinterpret_cast<int*>(a.workspace);
   p.partial = reinterpret_cast<float4*>(a.workspace + kFlagBytes);
