@@ -3,6 +3,7 @@
 #include "kernels/linear_q4_gemm.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 namespace q4s {
@@ -11,40 +12,46 @@ namespace {
 constexpr size_t kFlagBytes = 4096;  // head of the workspace: one flag per part of a split tile
 constexpr int64_t kBandBytes = 24 << 20;  // activations that should stay in L2 while all rows pass
 
-// Cycles of one SM. Constants from one H100: dense fp16 mma 2048 products a cycle, about 34 bytes of L2 and 13 of
-// DRAM a cycle and SM.
-constexpr double kL2 = 34, kDram = 13;
+// Microseconds of one H100, its constants fitted to a sweep over all tiles and cuts of the 7B shapes, 16 to 8192 tokens
+// (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 15 % of the best.
+struct Bytes {  // of one unit of K and one tile
+  double weights, activations;
+  explicit Bytes(const Q4GemmTile& t)
+      : weights(t.rows * kQ4GemmUnit / 2 * 1.0625), activations(2.0 * t.columns * kQ4GemmUnit / t.cluster) {}
+};
 
-double tensor_cycles(const Q4GemmTile& t) {  // of one unit
-  const double mma = double(t.rows) * std::max(t.columns, 32) * kQ4GemmUnit / 2048 * 1.05;
-  const double convert = t.rows / 64 * 2 * 75.0;  // issue slots of a scheduler: 75 a warp and 64 x 64 block
-  return std::max(mma, mma * 0.5 + convert);
-}
-double code_bytes(const Q4GemmTile& t) { return double(t.rows) * kQ4GemmUnit / 2 * 1.0625; }
-double bytes(const Q4GemmTile& t) { return code_bytes(t) + 2.0 * t.columns * kQ4GemmUnit / t.cluster; }
-
-double stream_cycles(const Q4GemmConfig& c) {
+double stream_us(const Q4GemmConfig& c, int multiprocessors) {
   const Q4GemmTile t{c.rows, c.columns, c.cluster};
-  const double unit = std::max({tensor_cycles(t), bytes(t) / kL2, code_bytes(t) / kDram}) + 40;
-  const double store = t.rows * t.columns / 24.0;
-  double cycles = 5000 + double(ceil_div(c.whole, c.clusters)) * (unit * c.k_blocks + store);
-  if (c.streamed) {
-    const double units = double(c.streamed) * c.k_blocks / c.clusters;
-    const double parts = std::max(1.0, double(c.clusters) / c.streamed);  // of one tile
-    cycles += units * unit + store + 1500 + parts * t.rows * t.columns * 4 / 40.0;
-  }
-  return cycles;
+  const Bytes bytes(t);
+  const double tile = t.rows * t.columns / 32768.0;  // of the largest
+  const double busy = std::min(1.0, double(c.clusters) * c.cluster / multiprocessors);
+  const double unit = std::max({tile * 1.228 + 0.105, (bytes.weights + bytes.activations) * busy / 49100, 0.756});
+  const double store = 10.0 * tile;
+  double us = 6.1 + double(ceil_div(c.whole, c.clusters)) * (unit * c.k_blocks + store);
+  if (c.streamed)
+    us += double(c.streamed) * c.k_blocks / c.clusters * unit + store + 4.9 +
+          1.32 * tile * std::max(1.0, double(c.clusters) / c.streamed);
+  return us;
 }
 
-double split_cycles(const Q4GemmConfig& c, int multiprocessors) {
+double split_us(const Q4GemmConfig& c, int multiprocessors) {
   const Q4GemmTile t{c.rows, c.columns, 1};
-  const int64_t blocks = int64_t(c.row_blocks) * c.column_blocks * c.splits;
-  const double units = double(c.row_blocks) * c.column_blocks * c.k_blocks / multiprocessors;
-  const double busiest = double(ceil_div(blocks, multiprocessors)) * double(ceil_div(c.k_blocks, c.splits));
-  const double work = std::max({units * bytes(t) / kL2, units / c.column_blocks * code_bytes(t) / kDram,
-                                busiest * (tensor_cycles(t) + 40)});
-  const double share = double(t.rows) * t.columns * 4;
-  return 4000 + work + share / 60 + share * double(blocks) / multiprocessors / 60;
+  const Bytes bytes(t);
+  const double rows = t.rows / 128.0, columns = t.columns / 64.0;
+  const int per_multiprocessor = t.rows * t.columns <= 8192 ? 2 : 1;
+  // Clusters stay within a group of about 16 multiprocessors.
+  const int64_t clusters = int64_t(c.row_blocks) * c.column_blocks;
+  const int64_t at_once = c.splits == 1 ? int64_t(multiprocessors) * per_multiprocessor
+                                        : std::max<int64_t>(1, 16 * per_multiprocessor / c.splits * (multiprocessors / 16));
+  const auto wave = [&](int64_t count) {
+    const double blocks = double(count) * c.splits / multiprocessors;
+    const double unit = std::max({rows * (0.395 + 0.182 * columns), std::ceil(blocks) * rows * (0.245 + 0.174 * columns),
+                                  bytes.weights * blocks / c.column_blocks / 22300,
+                                  (bytes.weights + bytes.activations) * blocks / 46700});
+    return double(ceil_div(c.k_blocks, c.splits)) * unit;
+  };
+  const int64_t waves = clusters / at_once, rest = clusters % at_once;
+  return 5.8 + (c.splits > 1 ? 0.27 : 0) + 2.0 * rows * columns + double(waves) * (wave(at_once) + 5.45) + (rest ? wave(rest) : 0);
 }
 
 }  // namespace
@@ -71,7 +78,6 @@ Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape& s, Q4GemmTile t, bool stre
   c.row_blocks = int(ceil_div(s.w.n_tiles() * kQ4TileRows, int64_t(t.rows) * t.cluster));
   c.column_blocks = int(ceil_div(s.tokens, t.columns));
   c.band = int(std::clamp(kBandBytes / (2 * s.w.k * t.columns), int64_t(1), int64_t(c.column_blocks)));
-  c.staggered = true;
   const int tiles = c.row_blocks * c.column_blocks, most = std::max(1, s.multiprocessors / t.cluster);
   // A part shorter than a few units costs more in filling the pipeline and summing than it saves.
   constexpr int64_t kLeastUnits = 4;
@@ -117,19 +123,19 @@ Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
   const bool simple_groups = g == 32 || g % kQ4TileCols == 0 || g >= s.w.k;  // a stage: one group, or two of 32
   if (!s.hopper || !simple_groups) return q4_gemm_config_portable(s);
   Q4GemmConfig best;
-  double best_cycles = 0;
-  const auto consider = [&](const Q4GemmConfig& c, double cycles) {
-    if (best.columns == 0 || cycles < best_cycles) best = c, best_cycles = cycles;
+  double best_us = 0;
+  const auto consider = [&](const Q4GemmConfig& c, double us) {
+    if (best.columns == 0 || us < best_us) best = c, best_us = us;
   };
   for (const Q4GemmTile& t : kQ4GemmStreamTiles)
     for (bool stream : {false, true}) {
       const Q4GemmConfig c = q4_gemm_config_stream(s, t, stream);
-      consider(c, stream_cycles(c));
+      consider(c, stream_us(c, s.multiprocessors));
     }
   for (const Q4GemmTile& t : kQ4GemmSplitTiles)
     for (int splits = 1; splits <= kQ4GemmMostSplits; ++splits) {
       const Q4GemmConfig c = q4_gemm_config_split(s, t, splits);
-      consider(c, split_cycles(c, s.multiprocessors));
+      consider(c, split_us(c, s.multiprocessors));
     }
   return best;
 }

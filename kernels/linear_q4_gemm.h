@@ -51,9 +51,8 @@ struct Q4GemmConfig {
 struct Q4GemmTile {
   int rows, columns, cluster;
 };
-constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {256, 128, 1}, {256, 128, 2}, {128, 256, 1}, {128, 256, 2}};
-constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {256, 32, 1},  {128, 64, 1},
-                                            {256, 64, 1}, {128, 128, 1}, {256, 128, 1}};
+constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {128, 256, 1}, {128, 256, 2}};
+constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {256, 32, 1}, {128, 64, 1}, {128, 128, 1}, {256, 128, 1}};
 constexpr int kQ4GemmMostSplits = 8;  // blocks of a cluster
 
 // kStream with one tile; `stream` deals the tiles beyond full waves in parts.

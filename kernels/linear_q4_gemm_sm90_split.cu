@@ -160,7 +160,6 @@ void q4_gemm_split_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t
   if (is(128, 32)) return start<Tile<128, 32, 2>>(a, c, stream);
   if (is(256, 32)) return start<Tile<256, 32, 2>>(a, c, stream);
   if (is(128, 64)) return start<Tile<128, 64, 2>>(a, c, stream);
-  if (is(256, 64)) return start<Tile<256, 64, 1>>(a, c, stream);
   if (is(128, 128)) return start<Tile<128, 128, 1>>(a, c, stream);
   if (is(256, 128)) return start<Tile<256, 128, 1>>(a, c, stream);
   throw std::runtime_error("q4_gemm: no split kernel for this tile");
