@@ -1,7 +1,5 @@
-// Fuzz target of the three readers of model files, for libFuzzer. Not part of the build; run it as
-//   clang++ -std=c++20 -g -O1 -fsanitize=fuzzer,address,undefined -I. tests/fuzz/files_fuzz.cpp \
-//     runtime/{mapped_file,checksum,file_tensor,file_kind,json_check,safetensors,gguf,q4s_format,q4s_file}.cpp
-//     \ -lxxhash -o files_fuzz && ./files_fuzz -max_len=32768 CORPUS
+// Fuzz target of the three readers of model files, for libFuzzer; built where Q4S_FUZZ is on (tests/CMakeLists.txt):
+//   cmake --build build-fuzz --target files_fuzz && build-fuzz/tests/files_fuzz -max_len=32768 CORPUS
 // Whatever the bytes are, a reader takes them or throws Error(kInput); what it took can be read to the last
 // byte.
 #include <sys/mman.h>
