@@ -28,6 +28,13 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(float* w, const float* 
   for (int64_t i = blockIdx.y; i < n; i += gridDim.y) w[i * k + j] *= gain[j];
 }
 
+__global__ void __launch_bounds__(kThreads) gather_rows_kernel(const float* in, const int32_t* index, float* out,
+                                                               int64_t n, int64_t k) {
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (j >= k) return;
+  for (int64_t i = blockIdx.y; i < n; i += gridDim.y) out[i * k + j] = in[index[i] * k + j];
+}
+
 __global__ void __launch_bounds__(kThreads) transpose_kernel(const float* in, float* out, int64_t n, int64_t k) {
   __shared__ float tile[kTile][kTile + 1];
   const int64_t x = int64_t(blockIdx.x) * kTile, y = int64_t(blockIdx.y) * kTile;
@@ -127,6 +134,9 @@ void widen_cuda(const void* from, Format format, float* to, int64_t count, cudaS
 }
 void scale_columns_cuda(float* w, const float* gain, int64_t n, int64_t k, cudaStream_t stream) {
   launch("scale", scale_kernel, grid_of(n, k), kThreads, 0, 1, false, stream, w, gain, n, k);
+}
+void gather_rows_cuda(const float* in, const int32_t* index, float* out, int64_t n, int64_t k, cudaStream_t stream) {
+  launch("gather_rows", gather_rows_kernel, grid_of(n, k), kThreads, 0, 1, false, stream, in, index, out, n, k);
 }
 void transpose_cuda(const float* in, float* out, int64_t n, int64_t k, cudaStream_t stream) {
   const dim3 grid(unsigned(ceil_div(k, kTile)), unsigned(ceil_div(n, kTile)));

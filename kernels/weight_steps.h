@@ -12,6 +12,8 @@ namespace q4s {
 void widen_cuda(const void* from, Format format, float* to, int64_t count, cudaStream_t);
 // Column j times gain[j] (K).
 void scale_columns_cuda(float* w, const float* gain, int64_t n, int64_t k, cudaStream_t);
+// Row i of out (N, K) = row index[i] of in.
+void gather_rows_cuda(const float* in, const int32_t* index, float* out, int64_t n, int64_t k, cudaStream_t);
 // out (K, N) = in (N, K) transposed.
 void transpose_cuda(const float* in, float* out, int64_t n, int64_t k, cudaStream_t);
 

@@ -7,6 +7,7 @@
 #include "kernels/half.h"
 #include "quant/activations.h"
 #include "quant/block_runner.h"
+#include "quant/hidden_order.h"
 #include "quant/quantize.h"
 #include "quant/seed.h"
 #include "runtime/error.h"
@@ -139,6 +140,10 @@ class BlockWalk {
   void load(int64_t index, Unit u, const BlockNorms& norms) {
     clock_->enter(Stage::kLoad);
     work_->load(unit_weight(model_.weights.blocks.at(index), u), w_.get());
+    if (o_.order_hidden) {
+      if (u == Unit::kGateUp) order_ = hidden_order(model_.weights.blocks[index].down, team_);
+      order_hidden(*work_, c_, u, w_.get(), order_);
+    }
     if (o_.rotate) rotate_unit(*work_, c_, u, w_.get(), norms, r1_, r2_);
     if (full_) full_->set(u, w_.get());
   }
@@ -336,8 +341,9 @@ class BlockWalk {
   std::unique_ptr<StageClock> clock_;
   std::unique_ptr<UnitSolver> solver_;
   const Rotation r1_, r2_;
-  BlockNorms norms_;  // of the block in hand, 1 once folded
-  Buffer w_;          // (N, K) the unit in hand: original, rotated, then as quantised
+  BlockNorms norms_;            // of the block in hand, 1 once folded
+  std::vector<int32_t> order_;  // of its hidden channels
+  Buffer w_;                    // (N, K) the unit in hand: original, rotated, then as quantised
 
   int64_t seq_len_ = 0, tokens_ = 0, chunk_ = 0;
   Weight rope_;

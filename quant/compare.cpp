@@ -224,7 +224,7 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
 
   QuantizeOptions seed = ours;
   seed.seed_method = true;
-  seed.rotate = false;
+  seed.rotate = seed.order_hidden = false;
   seed.damp = 0.01;
   const std::pair<const char*, GridKind> seeds[] = {{"seed: zero points", GridKind::kAsym},
                                                     {"seed: -7..7", GridKind::kSym7},

@@ -26,6 +26,8 @@ void switch_off(const std::string& text, QuantizeOptions& o) {
     at = end + 1;
     if (part == "rotation")
       o.rotate = false;
+    else if (part == "order")
+      o.order_hidden = false;
     else if (part == "target")
       o.solve.alpha = 0;
     else if (part == "residual")
@@ -39,7 +41,7 @@ void switch_off(const std::string& text, QuantizeOptions& o) {
     else
       throw Error(
           ErrorKind::kUsage,
-          "--off: \"" + part + "\": expected rotation, target, residual, search, refine or act-order");
+          "--off: \"" + part + "\": expected rotation, order, target, residual, search, refine or act-order");
   }
 }
 
@@ -56,7 +58,7 @@ void declare_quant_options(Cli& cli) {
   cli.choice("head", {"q8", "f16", "q4"}, "format of embedding and head");
   cli.flag("rtn", "round to nearest: no calibration, no GPTQ");
   cli.text("off", "PARTS", "",
-           "leave out rotation, target, residual, search, refine, act-order (comma list)");
+           "leave out rotation, order, target, residual, search, refine, act-order (comma list)");
   cli.text("only", "REGEX", "", "quantise only matching linears (blk.3.gate_up); the rest stays fp16");
   cli.list("tensor", "REGEX=FORMAT",
            "g32, g64, g128, row or q8 for matching linears; the first match counts");
@@ -95,7 +97,7 @@ QuantizeOptions parse_options(const Cli& cli) {
   o.seed = uint64_t(cli.get_integer("seed"));
   switch_off(cli.get("off"), o);
   if (o.solve.rtn) {
-    o.rotate = false;  // rotation before plain rounding hurts
+    o.rotate = o.order_hidden = false;  // plain: rotation before it hurts
     o.solve.search = false;
   }
   const std::string& head = cli.get("head");
@@ -122,6 +124,7 @@ std::string options_json(const Cli& cli, const QuantizeOptions& o) {
                                     {"alpha", o.solve.alpha},
                                     {"beta", o.solve.beta},
                                     {"rotation", o.rotate},
+                                    {"order", o.order_hidden},
                                     {"head", cli.get("head")},
                                     {"seed", o.seed},
                                     {"only", cli.get("only")},

@@ -26,6 +26,7 @@ struct QuantizeOptions {
   double damp = 0.05;
   bool act_order = true;
   bool rotate = true;
+  bool order_hidden = true;        // quant/hidden_order.h
   bool seed_method = false;        // quant/seed.h instead of our stack; analysis only
   Format head = Format::kQ8;       // of embedding and head: kF16, kQ8, kQ4
   uint64_t seed = 0;               // of the rotation

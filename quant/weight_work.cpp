@@ -1,5 +1,6 @@
 #include "quant/weight_work.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/linear.h"
@@ -27,6 +28,24 @@ class CpuWeightWork final : public WeightWork {
   }
   void rotate_rows(const Rotation& r, float* w, int64_t rows) override { q4s::rotate_rows(r, w, rows, team_); }
   void rotate_outputs(const Rotation& r, float* w, int64_t k) override { q4s::rotate_outputs(r, w, k, team_); }
+  void take_rows(float* w, int64_t k, const std::vector<int32_t>& from) override {
+    const std::vector<float> old(w, w + int64_t(from.size()) * k);
+    team_([&](Part part) {
+      const auto [begin, end] = part.of(int64_t(from.size()));
+      for (int64_t i = begin; i < end; ++i) std::copy_n(&old[from[i] * k], k, w + i * k);
+    });
+  }
+  void take_columns(float* w, int64_t n, const std::vector<int32_t>& from) override {
+    const int64_t k = int64_t(from.size());
+    team_([&](Part part) {
+      const auto [begin, end] = part.of(n);
+      std::vector<float> old(k);
+      for (int64_t i = begin; i < end; ++i) {
+        std::copy_n(w + i * k, k, old.data());
+        for (int64_t j = 0; j < k; ++j) w[i * k + j] = old[from[j]];
+      }
+    });
+  }
   WeightShape shape(const float* w, int64_t count) override { return weight_shape(w, count, team_); }
 
  private:

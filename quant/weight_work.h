@@ -22,6 +22,9 @@ class WeightWork {
   virtual void scale_columns(float* w, int64_t n, const std::vector<float>& gain) = 0;
   virtual void rotate_rows(const Rotation&, float* w, int64_t rows) = 0;   // as in quant/rotation.h
   virtual void rotate_outputs(const Rotation&, float* w, int64_t k) = 0;
+  // Row i of w (from.size(), k), or column j of w (n, from.size()), becomes what stood at from[i].
+  virtual void take_rows(float* w, int64_t k, const std::vector<int32_t>& from) = 0;
+  virtual void take_columns(float* w, int64_t n, const std::vector<int32_t>& from) = 0;
   virtual WeightShape shape(const float* w, int64_t count) = 0;
 
   // Whether activations at rest are better kept as fp16, and the way there (a value beyond fp16 becomes its largest)

@@ -83,6 +83,22 @@ class CudaWeightWork final : public WeightWork {
       transpose_cuda(turned, w, k, r.dim, stream_);
     });
   }
+  void take_rows(float* w, int64_t k, const std::vector<int32_t>& from) override {
+    device_guarded("order", [&] {
+      const int64_t n = int64_t(from.size());
+      from_.upload(from.data(), n, stream_);
+      gather_rows_cuda(w, from_.get(), turned_.take(n * k), n, k, stream_);
+      copy_back(w, n * k);
+    });
+  }
+  void take_columns(float* w, int64_t n, const std::vector<int32_t>& from) override {
+    device_guarded("order", [&] {
+      const int64_t k = int64_t(from.size());
+      from_.upload(from.data(), k, stream_);
+      gptq_gather_columns_cuda(w, from_.get(), turned_.take(n * k), n, k, false, stream_);
+      copy_back(w, n * k);
+    });
+  }
 
   WeightShape shape(const float* w, int64_t count) override {
     return device_guarded("weights", [&] {
@@ -107,6 +123,10 @@ class CudaWeightWork final : public WeightWork {
   static constexpr float kLargest = 65504.0f;
   static constexpr int64_t kSlab = int64_t(64) << 20;  // bytes of f32
 
+  void copy_back(float* w, int64_t count) {
+    cuda_check(cudaMemcpyAsync(w, turned_.get(), size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, stream_), "copy");
+  }
+
   // Block formats of GGUF and packed linears: unpacked by the host's threads.
   void load_by_host(const Weight& w, float* to) {
     const int64_t n = w.view.n, k = w.view.k, rows = std::max<int64_t>(1, kSlab / (4 * k));
@@ -124,6 +144,7 @@ class CudaWeightWork final : public WeightWork {
   const Team team_;
   std::vector<float> host_;
   DeviceArray<float> gain_, signs_, factor_, turned_;
+  DeviceArray<int32_t> from_;
   DeviceArray<int> flag_;
   DeviceArray<ShapeSums> pieces_;
 };

@@ -6,6 +6,7 @@
 
 #include "kernels/half.h"
 #include "quant/activations.h"
+#include "quant/hidden_order.h"
 #include "quant/weight_work.h"
 #include "tests/kernels/device_guarded.h"
 #include "tests/quant/oracle.h"
@@ -80,6 +81,13 @@ TEST_CASE("cuda weights: rotation, shape, what graphs multiply, activations at r
     rotate_unit(*on_gpu, c, u, there.get(), norms, r1, r2);
     rotate_unit(*on_cpu, c, u, here.get(), norms, r1, r2);
     check_close(get(*gpu, there.get(), n * k), get(*cpu, here.get(), n * k), 1e-5);
+
+    const Buffer moved = put(*gpu, w), moved_here = put(*cpu, w);
+    std::vector<int32_t> order(c.hidden);
+    for (int64_t i = 0; i < c.hidden; ++i) order[i] = int32_t(i * 37 % c.hidden);
+    order_hidden(*on_gpu, c, u, moved.get(), order);
+    order_hidden(*on_cpu, c, u, moved_here.get(), order);
+    CHECK(get(*gpu, moved.get(), n * k) == get(*cpu, moved_here.get(), n * k));
   }
 
   const std::vector<float> w = oracle::gaussian((1 << 16) + 1000, 9, 0.3f);  // more than a piece
