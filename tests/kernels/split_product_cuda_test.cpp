@@ -20,7 +20,8 @@ std::vector<float> values(int64_t rows, int64_t cols) {
   std::normal_distribution<float> normal;
   std::vector<float> v(rows * cols);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) v[i * cols + j] = normal(rng) * std::ldexp(1.0f, int(i * 7 % 41 - 20 + j * 5 % 19 - 9));
+    for (int64_t j = 0; j < cols; ++j)
+      v[i * cols + j] = normal(rng) * std::ldexp(1.0f, int(i * 7 % 41 - 20 + j * 5 % 19 - 9));
   return v;
 }
 
@@ -66,7 +67,8 @@ TEST_CASE("cuda split: two fp16 numbers and a power of two keep a value's first 
             continue;
           }
           const double want = v[i * cols + j], got = (double(h) + double(l) / kSplitLow) / scale[by_column ? j : i];
-          close &= std::fabs(got - want) <= std::max(std::ldexp(std::fabs(want), -22), std::ldexp(most[by_column ? j : i], -35));
+          const double largest = most[by_column ? j : i];
+          close &= std::fabs(got - want) <= std::max(std::ldexp(std::fabs(want), -22), std::ldexp(largest, -35));
           close &= std::fabs(h) <= 1;
         }
       CHECK(power);
