@@ -7,11 +7,11 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <random>
 #include <string>
 
 #include "device_buffer.h"
+#include "graph_timer.h"
 #include "kernels/linear_decode.h"
 #include "kernels/read_sweep.h"
 
@@ -31,34 +31,6 @@ constexpr Shape kShapes[] = {{"7b", 4096, 11008, 32, 32, 128},
                              {"70b", 8192, 28672, 64, 8, 128},
                              {"tinyllama", 2048, 5632, 32, 4, 64}};
 
-// Median microseconds of a replay of what `work` launches.
-double replay_us(cudaStream_t stream, const std::function<void()>& work) {
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "capture");
-  work();
-  cuda_check(cudaStreamEndCapture(stream, &graph), "capture");
-  cuda_check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  cudaEvent_t begin, end;
-  cuda_check(cudaEventCreate(&begin), "event");
-  cuda_check(cudaEventCreate(&end), "event");
-  std::vector<float> times;
-  for (int i = 0; i < 15; ++i) {
-    cuda_check(cudaEventRecord(begin, stream), "record");
-    cuda_check(cudaGraphLaunch(exec, stream), "launch");
-    cuda_check(cudaEventRecord(end, stream), "record");
-    cuda_check(cudaEventSynchronize(end), "wait");
-    times.push_back(0);
-    cuda_check(cudaEventElapsedTime(&times.back(), begin, end), "time");
-  }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2] * 1000.0;
-}
-
 struct Linear {
   const char* name;
   Q4Layout layout;
@@ -68,7 +40,7 @@ struct Linear {
 // The four products of a layer with random weights, and what they read and write.
 class Layers {
  public:
-  Layers(const Shape& s, int64_t group, Grid grid, cudaStream_t stream) : shape_(s), stream_(stream) {
+  Layers(const Shape& s, int64_t group, Grid grid) : shape_(s) {
     const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
     linears = {{"qkv",
                 {.n = q + 2 * kv,
@@ -106,7 +78,7 @@ class Layers {
     values_ = DeviceBuffer<uint16_t>(size_t(kContext * kv));
   }
 
-  void launch(int layer, size_t i, int64_t tokens) const {
+  void launch(int layer, size_t i, int64_t tokens, cudaStream_t stream) const {
     const bool norm = i == 0 || i == 2;
     LinearDecodeArgs a{.x = norm ? x_.data() : hidden_.data(),
                        .w = weights_[size_t(layer) * linears.size() + i],
@@ -121,14 +93,13 @@ class Layers {
       a.kv = {keys_.data(), values_.data(), KvType::kF16, kContext};
       a.heads = shape_.heads, a.kv_heads = shape_.kv_heads;
     }
-    linear_decode_cuda(a, stream_, true);
+    linear_decode_cuda(a, stream, true);
   }
 
   std::vector<Linear> linears;
 
  private:
   Shape shape_;
-  cudaStream_t stream_;
   std::vector<DeviceBuffer<uint8_t>> codes_;
   std::vector<DeviceBuffer<uint16_t>> scales_;
   std::vector<TiledWeight> weights_;
@@ -144,24 +115,29 @@ void report(const char* what, double us, double bytes, double speed) {
               bytes / us * 1e6 / speed);
 }
 
-void bench(const Shape& s, int64_t group, Grid grid, bool each, double speed, cudaStream_t stream) {
-  const Layers layers(s, group, grid, stream);
+void bench(const Shape& s, int64_t group, Grid grid, bool each, double speed, Timer& timer) {
+  constexpr int kRepeats = 15;
+  const Layers layers(s, group, grid);
   std::printf("%s, groups of %d, %s grid\n", s.name, int(group),
               grid == Grid::kInt ? "integer" : "half-step");
   double bytes = 0;
   for (const Linear& l : layers.linears) bytes += bytes_of(l);
   for (const int tokens : {1, 2, 4, 8}) {
-    const double us = replay_us(stream, [&] {
-      for (int layer = 0; layer < kLayers; ++layer)
-        for (size_t i = 0; i < layers.linears.size(); ++i) layers.launch(layer, i, tokens);
-    });
+    const double us = timer.microseconds(
+        [&](cudaStream_t stream) {
+          for (int layer = 0; layer < kLayers; ++layer)
+            for (size_t i = 0; i < layers.linears.size(); ++i) layers.launch(layer, i, tokens, stream);
+        },
+        kRepeats);
     report(("a layer, " + std::to_string(tokens) + " tokens").c_str(), us / kLayers, bytes, speed);
   }
   for (size_t i = 0; each && i < layers.linears.size(); ++i) {
-    const double us = replay_us(stream, [&] {
-      for (int r = 0; r < 4; ++r)
-        for (int layer = 0; layer < kLayers; ++layer) layers.launch(layer, i, 1);
-    });
+    const double us = timer.microseconds(
+        [&](cudaStream_t stream) {
+          for (int r = 0; r < 4; ++r)
+            for (int layer = 0; layer < kLayers; ++layer) layers.launch(layer, i, 1, stream);
+        },
+        kRepeats);
     report(layers.linears[i].name, us / (4 * kLayers), bytes_of(layers.linears[i]), speed);
   }
 }
@@ -169,21 +145,20 @@ void bench(const Shape& s, int64_t group, Grid grid, bool each, double speed, cu
 }  // namespace
 
 int main(int argc, char** argv) {
-  cudaStream_t stream;
-  if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) {
+  cudaDeviceProp p;
+  if (cudaGetDeviceProperties(&p, 0) != cudaSuccess) {
     std::printf("SKIPPED: no GPU\n");
     return 0;
   }
-  cudaDeviceProp p;
-  cuda_check(cudaGetDeviceProperties(&p, 0), "properties");
-  const double speed = read_sweep_cuda(stream);
+  Timer timer;
+  const double speed = read_sweep_cuda(timer.stream());
   std::printf("%s, read speed %.0f GB/s\n", p.name, speed / 1e9);
   std::vector<std::string> names(argv + 1, argv + argc);
   if (names.empty()) names = {"7b", "8b"};
   for (const Shape& s : kShapes) {
     if (std::find(names.begin(), names.end(), s.name) == names.end()) continue;
-    bench(s, 128, Grid::kInt, true, speed, stream);
-    bench(s, 128, Grid::kHalf, false, speed, stream);
-    bench(s, 64, Grid::kInt, false, speed, stream);
+    bench(s, 128, Grid::kInt, true, speed, timer);
+    bench(s, 128, Grid::kHalf, false, speed, timer);
+    bench(s, 64, Grid::kInt, false, speed, timer);
   }
 }

@@ -3,58 +3,36 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
-#include <vector>
 
+#include "device_buffer.h"
+#include "graph_timer.h"
 #include "kernels/convert.h"
-#include "kernels/cuda_check.h"
 
 using namespace q4s;
 
 namespace {
 
-double microseconds_a_node(int nodes, int64_t floats, cudaStream_t stream) {
-  float *a = nullptr, *b = nullptr;
-  cuda_check(cudaMalloc(reinterpret_cast<void**>(&a), size_t(floats) * 4), "memory");
-  cuda_check(cudaMalloc(reinterpret_cast<void**>(&b), size_t(floats) * 4), "memory");
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "capture");
-  for (int i = 0; i < nodes; ++i) copy_cuda(i % 2 ? a : b, i % 2 ? b : a, floats, stream);
-  cuda_check(cudaStreamEndCapture(stream, &graph), "capture");
-  cuda_check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  cudaEvent_t begin, end;
-  cuda_check(cudaEventCreate(&begin), "event");
-  cuda_check(cudaEventCreate(&end), "event");
-  double best = 1e30;
-  for (int run = 0; run < 20; ++run) {
-    cuda_check(cudaEventRecord(begin, stream), "record");
-    cuda_check(cudaGraphLaunch(exec, stream), "launch");
-    cuda_check(cudaEventRecord(end, stream), "record");
-    cuda_check(cudaEventSynchronize(end), "wait");
-    float ms = 0;
-    cuda_check(cudaEventElapsedTime(&ms, begin, end), "time");
-    best = std::min(best, double(ms) * 1000 / nodes);
-  }
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaFree(a);
-  cudaFree(b);
-  return best;
+double microseconds_a_node(int nodes, int64_t floats, Timer& timer) {
+  const DeviceBuffer<float> a(static_cast<size_t>(floats)), b(static_cast<size_t>(floats));
+  const auto work = [&](cudaStream_t stream) {
+    for (int i = 0; i < nodes; ++i)
+      copy_cuda(i % 2 ? a.data() : b.data(), i % 2 ? b.data() : a.data(), floats, stream);
+  };
+  return timer.times(work, 20).front() / nodes;
 }
 
 }  // namespace
 
 int main() {
-  cudaStream_t stream;
-  if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) {
+  cudaDeviceProp p;
+  if (cudaGetDeviceProperties(&p, 0) != cudaSuccess) {
     std::printf("SKIPPED: no GPU\n");
     return 0;
   }
-  cudaDeviceProp p;
-  cuda_check(cudaGetDeviceProperties(&p, 0), "properties");
+  Timer timer;
   std::printf("%s: least time of a graph of dependent launches\n", p.name);
   for (const int nodes : {20, 113, 153, 163})
     for (const int64_t blocks : {int64_t(1), int64_t(p.multiProcessorCount)})
       std::printf("%4d nodes of %3d blocks: %.2f us a node\n", nodes, int(blocks),
-                  microseconds_a_node(nodes, blocks * 256, stream));
+                  microseconds_a_node(nodes, blocks * 256, timer));
 }

@@ -6,7 +6,7 @@
 #include <thread>
 
 #include "kernels/attention_prefill.h"
-#include "prefill_timer.h"
+#include "prefill_dense.h"
 
 namespace q4s {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "kernels/linear_q4_gemm.h"
-#include "prefill_timer.h"
+#include "prefill_dense.h"
 
 namespace q4s {
 
