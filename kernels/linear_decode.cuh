@@ -16,13 +16,12 @@ namespace q4s {
 // The codes of one warp's units, pass by pass and unit by unit over all rows, kDepth of them on their way in
 // a ring of shared memory.
 //
-// From sm_90 on the copy engine fills the slots. Loads through L1 return in their order: behind copies
-// through L1, those of the kernel that starts early on the same multiprocessor among them, x would arrive 3
-// us late.
+// From sm_90 on the copy engine fills the slots, a unit by one request; before, every lane copies its part.
 template <class Tile>
 class DecodeStream {
  public:
   static constexpr uint32_t kSlot = Tile::kLoads * 512, kDepth = kDecodeRing / kSlot;
+  static_assert(kDepth <= kDecodeSlots);
 
   __device__ DecodeStream(const LinearDecodeBlock& block, uint8_t* ring, uint64_t* barriers, int lane)
       : block_(block), ring_(ring), barriers_(barriers), lane_(lane) {
@@ -131,7 +130,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, kTokens <= 8 && Tile::kBits
   };
   copy_scales(0);
   DecodeStream<Tile> stream(block, shared + warp * kDecodeRing,
-                            reinterpret_cast<uint64_t*>(shared + c.barriers) + warp * 4, lane);
+                            reinterpret_cast<uint64_t*>(shared + c.barriers) + warp * kDecodeSlots, lane);
   const int stride = c.slice_units * kUnitColumns * 2 + 64;
   uint8_t* const x = shared + c.x + warp * c.tokens * stride;
   int32_t* const bias =

@@ -27,7 +27,7 @@ void place(LinearDecodeConfig& c, const Q4Layout& l, bool norm, int rows) {
   c.squares = std::max(c.partial + sums, c.gain + gains);
   c.early = c.squares + kWarps * c.tokens * 4;
   c.barriers = (c.early + kWarps * 32 * 12 + 7) / 8 * 8;
-  c.shared = c.barriers + kWarps * 4 * 8;
+  c.shared = c.barriers + kWarps * kDecodeSlots * 8;
 }
 
 }  // namespace

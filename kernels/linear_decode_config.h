@@ -11,6 +11,7 @@ namespace q4s {
 
 constexpr int kDecodeWarps = 16;       // a block
 constexpr int kDecodeRing = 4 * 1024;  // bytes on their way to a warp
+constexpr int kDecodeSlots = 4;        // most units of a ring, int4's
 constexpr int kUnitTiles = 2, kUnitColumns = kUnitTiles * kQ4TileCols;
 
 struct LinearDecodeConfig {
@@ -27,7 +28,7 @@ struct LinearDecodeConfig {
   // unit, 8 or 16 tokens) int32; x_scale: likewise without groups, f32; gain, if any, in the place of the
   // partial sums if there is one phase: (warps, slice_units, 128) f32; scales: (2 where there are rounds,
   // round, groups, 16) fp16; partial sums: (round, slices, 16, T); sums of squares: (warps, T); what
-  // epilogues load early: (threads) of 12 bytes; barriers: (warps, 4) of 8 bytes.
+  // epilogues load early: (threads) of 12 bytes; barriers: (warps, kDecodeSlots) of 8 bytes.
   int x = 0, bias = 0, x_scale = 0, gain = 0, scales = 0, partial = 0, squares = 0, early = 0, barriers = 0,
       shared = 0;
 };
