@@ -1,8 +1,9 @@
 // Prefill kernels on the device: a bring-up ladder (kernels in processes of their own, so that a fault in one does not
 // hide the others), random shapes against fp64, repeatability, and times beside cuBLAS of the same process.
-//   prefill_bench_cuda [--check | --quick | --sweep] [--no-fork]
+//   prefill_bench_cuda [--check | --quick | --sweep | --profile TOKENS] [--no-fork]
 // --check: few small shapes and no timing, for compute-sanitizer (with --no-fork). --quick: the goals' table alone
-// behind fewer random shapes. --sweep: every tile and way of cutting too.
+// behind fewer random shapes. --sweep: every tile and way of cutting too. --profile: the four
+// products of a layer and nothing else, for a profiler.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -219,7 +220,8 @@ int main(int argc, char** argv) {
     else if (a == "--quick") mode = q4s::Mode::kQuick;
     else if (a == "--sweep") mode = q4s::Mode::kSweep;
     else if (a == "--no-fork") fork_allowed = false;
-    else return std::fprintf(stderr, "prefill_bench_cuda [--check | --quick | --sweep] [--no-fork]\n"), 2;
+    else if (a == "--profile" && i + 1 < argc) return q4s::profile_gemm(132, std::atoll(argv[i + 1])), 0;
+    else return std::fprintf(stderr, "prefill_bench_cuda [--check | --quick | --sweep | --profile TOKENS] [--no-fork]\n"), 2;
   }
   try {
     return q4s::run(mode, fork_allowed);

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdio>
 #include <cstring>
+#include <functional>
 
 #include "kernels/linear_q4_gemm.h"
 #include "prefill_dense.h"
@@ -81,19 +82,17 @@ class LayerBench {
     if (c.workspace_bytes > workspace_.size()) throw std::runtime_error("workspace of the bench too small");
     q4_gemm_cuda(a, c, stream);
   }
-  // A matrix in all layers, one after the other.
-  double one(int m, int64_t tokens, const Q4GemmConfig& c, int repeats) {
-    const auto work = [&](cudaStream_t s) {
+  // A matrix in all layers, one after the other; all matrices of all layers.
+  std::function<void(cudaStream_t)> one(int m, int64_t tokens, const Q4GemmConfig& c) {
+    return [=, this](cudaStream_t s) {
       for (int l = 0; l < kLayers; ++l) product(l, m, tokens, c, true, s);
     };
-    return timer_.microseconds(work, repeats) / kLayers;
   }
-  double layer(int64_t tokens, const Q4GemmConfig (&c)[4], bool pdl, int repeats) {
-    const auto work = [&](cudaStream_t s) {
+  std::function<void(cudaStream_t)> layers(int64_t tokens, const std::vector<Q4GemmConfig>& c, bool pdl) {
+    return [=, this](cudaStream_t s) {
       for (int l = 0; l < kLayers; ++l)
         for (int m = 0; m < 4; ++m) product(l, m, tokens, c[m], pdl, s);
     };
-    return timer_.microseconds(work, repeats) / kLayers;
   }
   Timer& timer() { return timer_; }
   const uint16_t* x() const { return x_.data(); }
@@ -114,75 +113,89 @@ class LayerBench {
 
 inline double tflops(double n, double k, double tokens, double us) { return 2 * n * k * tokens / us * 1e-6; }
 
-// Every tile and way of cutting that is not absurd for this count of tokens; the fastest of each matrix into `best`.
-inline void sweep_gemm(LayerBench& bench, int64_t tokens, int repeats, Q4GemmConfig (&best)[4], double (&best_us)[4]) {
-  const auto line = [&](const char* label, const std::function<Q4GemmConfig(int)>& config) {
-    std::printf("  %-26s", label);
-    for (int m = 0; m < 4; ++m) {
-      const Q4GemmConfig c = config(m);
-      const double us = bench.one(m, tokens, c, repeats);
-      std::printf(" %8.1f", us);
-      if (us < best_us[m]) best_us[m] = us, best[m] = c;
-    }
-    std::printf("\n");
-  };
-  char label[64];
+// Every tile and way of cutting that is not absurd for this count of tokens.
+inline std::vector<Q4GemmConfig> cuts(const Q4GemmShape& shape) {
+  std::vector<Q4GemmConfig> all;
+  const int64_t tokens = shape.tokens;
   for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
     if (t.columns >= 2 * std::max<int64_t>(tokens, 32) || (t.columns * 2 < tokens && t.columns < 128) || tokens > 512) continue;
-    for (int splits = 1; splits <= kQ4GemmMostSplits; ++splits) {
-      std::snprintf(label, sizeof label, "split %dx%d / %d", t.rows, t.columns, splits);
-      line(label, [&](int m) { return q4_gemm_config_split(bench.shape(m, tokens), t, splits); });
-    }
+    for (int splits = 1; splits <= kQ4GemmMostSplits; ++splits) all.push_back(q4_gemm_config_split(shape, t, splits));
   }
   for (const Q4GemmTile& t : kQ4GemmStreamTiles) {
     if (t.columns > 2 * tokens) continue;
-    for (bool stream : {false, true})
-      for (bool staggered : {false, true}) {
-        std::snprintf(label, sizeof label, "%dx%dc%d%s%s", t.rows, t.columns, t.cluster, stream ? " streamed" : "",
-                      staggered ? " staggered" : "");
-        line(label, [&](int m) {
-          Q4GemmConfig c = q4_gemm_config_stream(bench.shape(m, tokens), t, stream);
-          c.staggered = staggered;
-          return c;
-        });
-      }
+    for (bool stream : {false, true}) {
+      all.push_back(q4_gemm_config_stream(shape, t, stream));
+      if (stream && all.back().streamed == 0) all.pop_back();
+    }
+    for (bool stream : {false, true}) {
+      all.push_back(q4_gemm_config_stream(shape, t, stream));
+      all.back().staggered = true;
+      if (stream && all.back().streamed == 0) all.pop_back();
+    }
   }
+  return all;
 }
 
 // Returns what cuBLAS makes of 8192^3, the peak that attention is measured against.
 inline double time_gemm(int sms, bool sweep) {
   LayerBench bench(sms);
-  Dense dense(bench.timer(), bench.x(), bench.y());
+  size_t weights = 0;
+  for (const LayerMatrix& m : kLayer) weights += kLayers * size_t(m.n * m.k);
+  Dense dense(bench.timer(), bench.x(), bench.y(), weights);
   const double peak = tflops(8192, 8192, 8192, dense.microseconds(8192, 8192, 8192, CUDA_R_16F, 5));
   std::printf("\ncuBLAS 8192^3: %.0f TFLOP/s fp16\n", peak);
-  std::printf("us a matrix; 7B layer, g128, weights rotated over %d layers; PDL; sum in one graph\n", kLayers);
+  std::printf("us a matrix; 7B layer, g128, weights rotated over %d layers; PDL; ours and cuBLAS in turn\n", kLayers);
   for (int64_t t : {16, 32, 64, 128, 256, 512, 2048, 8192}) {
-    const int repeats = t >= 2048 ? 5 : 11;
-    Q4GemmConfig chosen[4], best[4];
-    double best_us[4], fp16 = 0, bf16 = 0, flops = 0;
+    std::vector<Q4GemmConfig> chosen, best;
+    double flops = 0;
     for (int m = 0; m < 4; ++m) {
-      const double us = dense.microseconds(kLayer[m].n, kLayer[m].k, t, CUDA_R_16F, repeats);
-      if (sweep) bf16 += dense.microseconds(kLayer[m].n, kLayer[m].k, t, CUDA_R_16BF, repeats);
-      fp16 += us;
       flops += 2.0 * kLayer[m].n * kLayer[m].k * t;
-      chosen[m] = best[m] = q4_gemm_config(bench.shape(m, t));
-      best_us[m] = bench.one(m, t, best[m], repeats);
-      std::printf("M %5lld %-8s cuBLAS %8.1f  ours %8.1f  %s\n", (long long)t, kLayer[m].name, us, best_us[m],
-                  best[m].print().c_str());
+      const Q4GemmShape shape = bench.shape(m, t);
+      std::vector<Q4GemmConfig> configs = {q4_gemm_config(shape)};
+      if (sweep) {
+        const std::vector<Q4GemmConfig> more = cuts(shape);
+        configs.insert(configs.end(), more.begin(), more.end());
+      }
+      std::vector<std::function<void(cudaStream_t)>> works = {[&](cudaStream_t) {
+        for (int l = 0; l < kLayers; ++l) dense.product(kLayer[m].n, kLayer[m].k, t, CUDA_R_16F);
+      }};
+      for (const Q4GemmConfig& c : configs) works.push_back(bench.one(m, t, c));
+      std::vector<double> us = bench.timer().alternate(works, t >= 2048 ? 4000 : 1000, 7);
+      for (double& v : us) v /= kLayers;
+      std::printf("M %5lld %-8s cuBLAS %8.1f  ours %8.1f  %s\n", (long long)t, kLayer[m].name, us[0], us[1],
+                  configs[0].print().c_str());
+      const size_t fastest = size_t(std::min_element(us.begin() + 1, us.end()) - us.begin());
+      for (size_t i = 2; i < us.size(); ++i)
+        std::printf("  %8.1f%s %s\n", us[i], i == fastest ? " *" : "  ", configs[i - 1].print().c_str());
+      chosen.push_back(configs[0]), best.push_back(configs[fastest - 1]);
     }
-    if (sweep) {
-      sweep_gemm(bench, t, std::min(repeats, 5), best, best_us);
-      for (int m = 0; m < 4; ++m) std::printf("  best %-8s %8.1f  %s\n", kLayer[m].name, best_us[m], best[m].print().c_str());
-    }
-    const double a = bench.layer(t, chosen, true, repeats), b = bench.layer(t, chosen, false, repeats);
-    std::printf("M %5lld layer: %8.1f us %4.0f TFLOP/s (no PDL %.1f", (long long)t, a, flops / a * 1e-6, b);
-    if (sweep) std::printf(", best of sweep %.1f", bench.layer(t, best, true, repeats));
-    std::printf(") | cuBLAS fp16 %.1f", fp16);
-    if (sweep) std::printf(" bf16 %.1f", bf16);
-    std::printf(" | ratio %.3f\n", fp16 / a);
+    std::vector<std::function<void(cudaStream_t)>> works = {bench.layers(t, chosen, true), [&](cudaStream_t) {
+                                                              for (int l = 0; l < kLayers; ++l)
+                                                                for (const LayerMatrix& m : kLayer)
+                                                                  dense.product(m.n, m.k, t, CUDA_R_16F);
+                                                            }};
+    // Without a break a card at its power limit falls to its lasting clock.
+    std::vector<double> lasting = bench.timer().alternate(works, 300000, 3);
+    works.push_back(bench.layers(t, chosen, false));
+    works.push_back(bench.layers(t, best, true));
+    std::vector<double> us = bench.timer().alternate(works, t >= 2048 ? 8000 : 1000, 9);
+    for (double& v : us) v /= kLayers;
+    for (double& v : lasting) v /= kLayers;
+    std::printf("M %5lld layer: %8.1f us %4.0f TFLOP/s (no PDL %.1f", (long long)t, us[0], flops / us[0] * 1e-6, us[2]);
+    if (sweep) std::printf(", best of sweep %.1f", us[3]);
+    std::printf(") | cuBLAS fp16 %.1f | ratio %.3f | 0.3 s at a time: %.1f, cuBLAS %.1f, ratio %.3f\n", us[1], us[1] / us[0],
+                lasting[0], lasting[1], lasting[1] / lasting[0]);
     std::fflush(stdout);
   }
   return peak;
+}
+
+// The four products once more than once, for a profiler to look at the second.
+inline void profile_gemm(int sms, int64_t tokens) {
+  LayerBench bench(sms);
+  for (int layer = 0; layer < 2; ++layer)
+    for (int m = 0; m < 4; ++m) bench.product(layer, m, tokens, q4_gemm_config(bench.shape(m, tokens)), false, bench.timer().stream());
+  cuda_check(cudaDeviceSynchronize(), "products");
 }
 
 }  // namespace q4s
