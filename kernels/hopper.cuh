@@ -177,10 +177,13 @@ __device__ inline void wgmma_pin(float (&d)[kCount]) {
 
 // Descriptor of a shared-memory operand with rows of 128 bytes under the 128-byte swizzle (atoms of 8 rows, 1024
 // aligned). K-major: a row holds 64 halves of K; a step of 16 in K is +32 bytes of address.
-__device__ inline uint64_t wgmma_k_major(uint32_t address) {
+// In two steps, so that a loop over operands adds their distance / 16 to the low word alone.
+__device__ inline uint32_t wgmma_address(uint32_t address) { return 1u << 16 | (address & 0x3ffff) >> 4; }
+__device__ inline uint64_t wgmma_k_major_at(uint32_t low) {
   constexpr uint32_t kHigh = 1u << 30 | 1024 >> 4;  // 128-byte swizzle; 8 rows further
-  return uint64_t(kHigh) << 32 | (1u << 16 | (address & 0x3ffff) >> 4);
+  return uint64_t(kHigh) << 32 | low;
 }
+__device__ inline uint64_t wgmma_k_major(uint32_t address) { return wgmma_k_major_at(wgmma_address(address)); }
 
 // N-major: a row holds 64 halves of N at one k; blocks of 64 are `stride` bytes apart, a step of 16 in K is +2048.
 __device__ inline uint64_t wgmma_n_major(uint32_t address, uint32_t stride) {

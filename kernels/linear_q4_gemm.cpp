@@ -120,7 +120,7 @@ Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape& s) {
 
 Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
   const int64_t g = s.w.group;
-  const bool simple_groups = g == 32 || g % kQ4TileCols == 0 || g >= s.w.k;  // a stage: one group, or two of 32
+  const bool simple_groups = g == 32 || g == 64 || g % kQ4GemmUnit == 0 || g >= s.w.k;  // a unit has whole groups, or is in one
   if (!s.hopper || !simple_groups) return q4_gemm_config_portable(s);
   Q4GemmConfig best;
   double best_us = 0;

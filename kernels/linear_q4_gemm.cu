@@ -43,20 +43,21 @@ void q4_gemm_activations_cuda(const Q4GemmActivationsArgs& a, cudaStream_t strea
          a, q4_gemm_pitch(a.k));
 }
 
-Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, Q4Operands& operands) {
+Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tiles, Q4Operands& operands) {
   const int64_t groups = a.w.groups(), pitch = q4_gemm_pitch(a.w.k), n_tiles = a.w.n_tiles();
   const int64_t row_words = a.w.k_tiles() * (kQ4TileBytes / 4);
   operands.half_grid = a.grid == Grid::kHalf;
   // Tiles of K a group, or one group for all. Exact: k_tiles() < 2^16 (checked), and the error of a reciprocal < 2^-32.
   const int64_t tiles = groups == 1 ? 1 << 16 : a.w.group / kQ4TileCols;
   if (a.w.k_tiles() >= 1 << 16) throw std::runtime_error("q4_gemm: rows longer than 4 million columns");
-  operands.stage_groups = tiles > 1 ? uint32_t((int64_t(1) << 32) / tiles + 1) : 0;
-  operands.box_groups = a.w.group == 32 && groups > 1 ? 2 : 1;
+  operands.tile_groups = tiles > 1 ? uint32_t((int64_t(1) << 32) / tiles + 1) : 0;
+  operands.fine = tiles > 1 ? 0 : tiles == 1 ? 1 : 2;
+  operands.box_groups = std::max(1, operands.fine * stage_tiles);
   Q4Maps m;
   m.x = tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, a.x, pitch, a.tokens, pitch * 2, kQ4TileCols, x_columns,
                     CU_TENSOR_MAP_SWIZZLE_128B});
-  m.w = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT32, a.codes, row_words, n_tiles, row_words * 4, kQ4TileBytes / 4,
-                    rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
+  m.w = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT32, a.codes, row_words, n_tiles, row_words * 4,
+                    stage_tiles * kQ4TileBytes / 4, rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
   m.s = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT16, a.scales, groups * 16, n_tiles, groups * 32,
                     operands.box_groups * 16, rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
   return m;

@@ -13,28 +13,30 @@
 namespace q4s {
 
 constexpr int kQ4Consumers = 2;                          // warpgroups
-constexpr int kQ4UnitStages = kQ4GemmUnit / kQ4TileCols;  // stages of a unit of K
+constexpr int kQ4UnitTiles = kQ4GemmUnit / kQ4TileCols;  // tiles of K of a unit
 constexpr size_t kQ4SharedBytes = 227 * 1024;            // of one block; two blocks: a KB each is reserved
 constexpr size_t kQ4SharedBytesOfTwo = 113 * 1024;
 
 // What both kernels need to load and convert.
 struct Q4Operands {
-  uint32_t stage_groups;  // groups a stage moves on, in 2^-32, rounded up; 0: a stage has box_groups of its own
-  int box_groups;         // scale rows of a stage
+  uint32_t tile_groups;  // groups of a tile of K, in 2^-32, rounded up; 0: it has `fine` of its own
+  int fine;              // 2: groups of 32; 1: of 64; 0: of a unit or more
+  int box_groups;        // scale rows of a stage
   bool half_grid;
 };
 
+// A stage is kStageTiles tiles of K: two where it is small, so that waiting and bookkeeping cost half as much.
 // kPerSm blocks share a multiprocessor; kReserved bytes of shared memory are for the epilogue.
-template <int kRows_, int kColumns_, int kCluster_, int kPerSm_, int kReserved_>
+template <int kRows_, int kColumns_, int kCluster_, int kStageTiles_, int kPerSm_, int kReserved_>
 struct Q4Tile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kCluster = kCluster_, kPerSm = kPerSm_;
+  static constexpr int kStageTiles = kStageTiles_, kUnitStages = kQ4UnitTiles / kStageTiles;
   static constexpr int kBlocks = kRows / (64 * kQ4Consumers);  // of 64 rows a warpgroup
   static constexpr int kRegs = kColumns / 2;                   // accumulators of one block a thread
-  static constexpr int kXBytes = kColumns * 128;
-  static constexpr int kWBytes = kRows / 16 * kQ4TileBytes;
-  static constexpr int kSBytes = kRows / 16 * 2 * 32;  // at most a scale every 32 columns
+  static constexpr int kXTileBytes = kColumns * 128, kXBytes = kXTileBytes * kStageTiles;
+  static constexpr int kWRowBytes = kQ4TileBytes * kStageTiles, kWBytes = kRows / 16 * kWRowBytes;
+  static constexpr int kSBytes = kRows / 16 * 2 * 32 * kStageTiles;  // at most a scale every 32 columns
   static constexpr int kStageBytes = kXBytes + kWBytes + kSBytes;
-  static constexpr int kSteps = kPerSm == 1 ? 4 : 2;  // of 16 columns, converted at a time: few registers, few steps
   static constexpr int kReserved = kReserved_;
   // And the producer, one thread: of a warpgroup where registers are to be moved to the consumers, else of a warp.
   static constexpr bool kMoveRegisters = kPerSm == 1;
@@ -44,7 +46,7 @@ struct Q4Tile {
   static constexpr int kBarriers = kStages * kStageBytes;  // offsets
   static constexpr int kRest = kBarriers + 256;
   static constexpr int kBytes = kRest + kReserved;
-  static_assert(kStages >= 4 && kBlocks * kRegs <= 128 && kStages * 16 + 8 <= 256);
+  static_assert(kStages * kStageTiles >= 4 && kBlocks * kRegs <= 128 && kStages * 16 + 8 <= 256);
 };
 
 // Sums pass through shared memory: 64 rows x some tokens in f32, a token's rows together, 76 floats a token, and 8 of
@@ -95,17 +97,21 @@ struct Q4Loader {
     const uint32_t full = sh.full + stage * 8;
     hopper::barrier_arrive_expect(full, T::kXBytes + T::kWBytes + T::kRows / 16 * p.box_groups * 32);
     hopper::tma_load(sh.w + stage * T::kWBytes, &map_w, k_tile * (kQ4TileBytes / 4), n_tile, full);
-    const int group = p.stage_groups ? int(__umulhi(uint32_t(k_tile), p.stage_groups)) : k_tile * p.box_groups;
+    const int group = p.tile_groups ? int(__umulhi(uint32_t(k_tile), p.tile_groups)) : k_tile * p.fine;
     hopper::tma_load(sh.s + stage * T::kSBytes, &map_s, group * 16, n_tile, full);
   }
   __device__ void activations(int stage, int token0, int k_tile) const {
     constexpr int kSlice = T::kColumns / T::kCluster;
-    const uint32_t full = sh.full + stage * 8, to = sh.x + stage * T::kXBytes + rank * kSlice * 128;
-    if constexpr (T::kCluster == 1)
-      hopper::tma_load(to, &map_x, k_tile * kQ4TileCols, token0, full);
-    else
-      hopper::tma_load_multicast(to, &map_x, k_tile * kQ4TileCols, token0 + rank * kSlice, full,
-                                 uint16_t((1 << T::kCluster) - 1));
+    const uint32_t full = sh.full + stage * 8;
+#pragma unroll
+    for (int tile = 0; tile < T::kStageTiles; ++tile) {
+      const uint32_t to = sh.x + stage * T::kXBytes + tile * T::kXTileBytes + rank * kSlice * 128;
+      const int column = (k_tile + tile) * kQ4TileCols;
+      if constexpr (T::kCluster == 1)
+        hopper::tma_load(to, &map_x, column, token0, full);
+      else
+        hopper::tma_load_multicast(to, &map_x, column, token0 + rank * kSlice, full, uint16_t((1 << T::kCluster) - 1));
+    }
   }
 };
 
@@ -142,6 +148,7 @@ struct Q4Consumer {
   int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
   hopper::RingPosition<T::kStages> at = {};
   int last = 0;  // stage whose last wgmma may still run
+  Q4Fragment fragment[T::kBlocks];
 
   __device__ void release() const {
     if constexpr (T::kCluster == 1) {
@@ -152,44 +159,48 @@ struct Q4Consumer {
   }
   // Sums over `units` units of K, still in flight at return. Thread 0 arrives at sh.lead before stage `lead`.
   __device__ void multiply(int units, int lead, float (&acc)[T::kBlocks][T::kRegs]) {
-    uint32_t a[2][T::kSteps][4];  // fragments of 64 rows, double buffered
+    uint32_t a[2][4][4];  // fragments of 64 rows x 64 columns, double buffered
+    const uint32_t x0 = hopper::wgmma_address(sh.x);
     for (int unit = 0; unit < units; ++unit) {
 #pragma unroll
-      for (int kk = 0; kk < kQ4UnitStages; ++kk) {
-        const bool first = kk == 0 && unit == 0;
-        if (unit * kQ4UnitStages + kk == lead && thread == 0) hopper::barrier_arrive(sh.lead);
-        hopper::barrier_wait(sh.full + at.stage * 8, at.parity);
+      for (int in_unit = 0; in_unit < kQ4UnitTiles; ++in_unit) {
+        const int tile = in_unit % T::kStageTiles;  // of the stage
+        const bool first = in_unit == 0 && unit == 0;
+        if (tile == 0) {
+          if (unit * T::kUnitStages + in_unit / T::kStageTiles == lead && thread == 0) hopper::barrier_arrive(sh.lead);
+          hopper::barrier_wait(sh.full + at.stage * 8, at.parity);
+        }
 #pragma unroll
         for (int block = 0; block < T::kBlocks; ++block) {
           const int row_tile = (group * T::kBlocks + block) * 4 + warp;
           const uint4 lane_words = *reinterpret_cast<const uint4*>(sh.w_data + at.stage * T::kWBytes +
-                                                                   row_tile * kQ4TileBytes + lane * 16);
+                                                                   row_tile * T::kWRowBytes + tile * kQ4TileBytes + lane * 16);
           const uint32_t words[4] = {lane_words.x, lane_words.y, lane_words.z, lane_words.w};
           const __half* scales = reinterpret_cast<const __half*>(sh.s_data + at.stage * T::kSBytes) +
                                  row_tile * p.box_groups * 16 + lane / 4;
-          const uint32_t x = sh.x + at.stage * T::kXBytes;
-          Q4Fragment f;
-          f.set(scales, p.half_grid);
+          Q4Fragment& f = fragment[block];
+          if (tile == 0) f.set(scales, p.half_grid);
+          if (tile > 0 && p.fine > 0) f.set(scales + tile * p.fine * 16, p.half_grid);
+          const uint32_t x = x0 + (at.stage * T::kXBytes + tile * T::kXTileBytes) / 16;
+          const int buffer = (in_unit * T::kBlocks + block) % 2;
 #pragma unroll
-          for (int step = 0; step < 4; step += T::kSteps) {
-            const int buffer = ((kk * T::kBlocks + block) * 4 + step) / T::kSteps % 2;
-#pragma unroll
-            for (int j = 0; j < T::kSteps; ++j) {
-              if (step + j == 2 && p.box_groups > 1) f.set(scales + 16, p.half_grid);
-              f.unpack(words[step + j], a[buffer][j]);
-            }
-            hopper::wgmma_fence();
-#pragma unroll
-            for (int j = 0; j < T::kSteps; ++j)
-              hopper::WgmmaRs<T::kColumns, 0>::mma(acc[block], a[buffer][j], hopper::wgmma_k_major(x + 32 * (step + j)),
-                                                   !first || step + j > 0);
-            hopper::wgmma_commit();
-            hopper::wgmma_wait<1>();  // the step before is done: its fragments are free, and its stage if it was the last
-            if (block == 0 && step == 0 && !first) release();
+          for (int step = 0; step < 4; ++step) {
+            if (step == 2 && p.fine > 1) f.set(scales + (tile * p.fine + 1) * 16, p.half_grid);
+            f.unpack(words[step], a[buffer][step]);
           }
+          hopper::wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < 4; ++step)
+            hopper::WgmmaRs<T::kColumns, 0>::mma(acc[block], a[buffer][step], hopper::wgmma_k_major_at(x + 2 * step),
+                                                 !first || step > 0);
+          hopper::wgmma_commit();
+          hopper::wgmma_wait<1>();  // the step before is done: its fragments are free, and its stage if it was the last
+          if (block == 0 && tile == 0 && !first) release();
         }
-        last = at.stage;
-        at.next();
+        if (tile == T::kStageTiles - 1) {
+          last = at.stage;
+          at.next();
+        }
       }
     }
   }
@@ -216,8 +227,8 @@ __device__ inline void q4_stage_sums(float* tokens, int warp, int lane, const fl
 struct Q4Maps {
   CUtensorMap x, w, s;
 };
-// For tiles of `rows` rows; a block loads x_columns tokens at a time.
-Q4Maps q4_gemm_maps(const Q4GemmArgs&, int rows, int x_columns, Q4Operands&);
+// For tiles of `rows` rows and stages of `stage_tiles` tiles of K; a block loads x_columns tokens at a time.
+Q4Maps q4_gemm_maps(const Q4GemmArgs&, int rows, int x_columns, int stage_tiles, Q4Operands&);
 
 void q4_gemm_stream_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
 void q4_gemm_split_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);

@@ -9,7 +9,7 @@ namespace q4s {
 namespace {
 
 template <int kRows, int kColumns, int kPerSm>
-using Tile = Q4Tile<kRows, kColumns, 1, kPerSm, 0>;
+using Tile = Q4Tile<kRows, kColumns, 1, kRows * kColumns < 256 * 128 ? 2 : 1, kPerSm, 0>;
 
 struct Params {
   Q4GemmSink sink;
@@ -23,6 +23,7 @@ using namespace hopper;
 
 // Stages of one part of K of one tile. Blocks start at different places of their part: all at once, they would ask the
 // second cache for the same lines of activations.
+template <class T>
 struct Cursor {
   int n_tile_, token0_, begin, count, turn, done = -1;
   __device__ bool next() { return ++done < count; }
@@ -30,7 +31,7 @@ struct Cursor {
   __device__ int token0() const { return token0_; }
   __device__ int k_tile() const {
     const int at = done + turn;
-    return begin + (at < count ? at : at - count);
+    return (begin + (at < count ? at : at - count)) * T::kStageTiles;
   }
 };
 
@@ -133,8 +134,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kPerSm)
     if constexpr (T::kMoveRegisters) give_registers<40>();
     if (threadIdx.x == kQ4Consumers * 128)
       q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, 0},
-                    Cursor{row_block * (T::kRows / 16), token0, begin * kQ4UnitStages, (end - begin) * kQ4UnitStages,
-                           row_block % (end - begin) * kQ4UnitStages});
+                    Cursor<T>{row_block * (T::kRows / 16), token0, begin * T::kUnitStages, (end - begin) * T::kUnitStages,
+                              row_block % (end - begin) * T::kUnitStages});
     return;
   }
   if constexpr (T::kMoveRegisters) take_registers<232>();
@@ -148,7 +149,7 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   Params p = {};
   p.sink = q4_gemm_sink(a);
   p.units = c.k_blocks, p.column_blocks = c.column_blocks, p.splits = c.splits;
-  const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns, p.operands);
+  const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns, T::kStageTiles, p.operands);
   launch("q4_gemm_split", q4_gemm_split_kernel<T>, dim3(unsigned(c.row_blocks * c.column_blocks * c.splits)), T::kThreads,
          T::kBytes, c.splits, a.pdl, stream, maps, p);
 }

@@ -13,7 +13,7 @@ constexpr int kFlagBytes = 4096;
 constexpr int kChunk = 32;  // tokens that pass through shared memory at a time
 
 template <int kRows, int kColumns, int kCluster>
-using Tile = Q4Tile<kRows, kColumns, kCluster, 1, kQ4Consumers * (kQ4DrainBytes + kColumns * 8)>;
+using Tile = Q4Tile<kRows, kColumns, kCluster, 1, 1, kQ4Consumers * (kQ4DrainBytes + kColumns * 8)>;
 static_assert(kChunk * kQ4TokenBytes <= kQ4DrainBytes);
 
 struct Params {
@@ -39,14 +39,14 @@ class Cursor {
     if (++stage_ < end_) return true;
     Q4GemmPart part;
     if (!schedule_.next(part)) return false;
-    stage_ = part.begin * kQ4UnitStages, end_ = part.end * kQ4UnitStages;
+    stage_ = part.begin * T::kUnitStages, end_ = part.end * T::kUnitStages;
     n_tile_ = (part.row_block * T::kCluster + rank_) * (T::kRows / 16);
     token0_ = part.column_block * T::kColumns;
     return true;
   }
   __device__ int n_tile() const { return n_tile_; }
   __device__ int token0() const { return token0_; }
-  __device__ int k_tile() const { return stage_; }
+  __device__ int k_tile() const { return stage_ * T::kStageTiles; }
 
  private:
   Q4GemmSchedule schedule_;
@@ -166,7 +166,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, i
   while (schedule.next(part)) {
     const int units = part.end - part.begin;
     // Only in long parts: there the first warpgroup cannot be two of them ahead, and the parity tells them apart.
-    const bool lead = p.lead > 0 && units * kQ4UnitStages >= 2 * T::kStages;
+    const bool lead = p.lead > 0 && units * T::kUnitStages >= 2 * T::kStages;
     if (lead && me.group == 1) {
       barrier_wait(sh.lead, lead_parity);
       lead_parity ^= 1;
@@ -239,7 +239,7 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   p.lead = c.staggered ? T::kStages / 2 : 0;
   p.flags = reinterpret_cast<int*>(a.workspace);
   p.partial = reinterpret_cast<float4*>(a.workspace + kFlagBytes);
-  const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns / T::kCluster, p.operands);
+  const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns / T::kCluster, T::kStageTiles, p.operands);
   launch("q4_gemm_stream", q4_gemm_stream_kernel<T>, dim3(unsigned(c.clusters * T::kCluster)), T::kThreads, T::kBytes,
          T::kCluster, a.pdl, stream, maps, p);
 }
