@@ -59,8 +59,8 @@ double split_us(const Q4GemmConfig& c, int multiprocessors) {
 std::string Q4GemmConfig::print() const {
   char text[160];
   if (kernel == Q4GemmKernel::kStream)
-    std::snprintf(text, sizeof text, "stream %dx%d cluster %d%s grid %d, tiles %d whole + %d streamed x %d units", rows,
-                  columns, cluster, staggered ? " staggered" : "", clusters * cluster, whole, streamed, k_blocks);
+    std::snprintf(text, sizeof text, "stream %dx%d cluster %d grid %d, tiles %d whole + %d streamed x %d units", rows,
+                  columns, cluster, clusters * cluster, whole, streamed, k_blocks);
   else if (kernel == Q4GemmKernel::kSplit)
     std::snprintf(text, sizeof text, "split %dx%d grid %dx%d, %d units in %d parts", rows, columns, row_blocks,
                   column_blocks, k_blocks, splits);

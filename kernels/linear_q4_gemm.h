@@ -41,7 +41,6 @@ struct Q4GemmConfig {
   int band = 1;                           // column blocks that run beside each other, for L2
   int clusters = 0;                       // launched by kStream
   int streamed = 0, whole = 0;            // tiles; the streamed ones come first
-  bool staggered = false;                 // kStream: one warpgroup stores while the other multiplies
   int splits = 1;                         // kSplit, kPortable: parts of K
   size_t workspace_bytes = 0;
   std::string print() const;

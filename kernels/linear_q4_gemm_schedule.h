@@ -14,8 +14,9 @@ struct Q4GemmPart {
   int row_block, column_block, tile, begin, end;
 };
 
-// Parts of cluster `v`: its share of the units of the streamed tiles, then whole tiles. At most one part, the first,
-// has begin > 0: so one slot of the workspace a cluster is enough, and it is written before anyone waits for it.
+// Parts of cluster `v`: of its share of the units of the streamed tiles first a part with begin > 0, if it has one; then
+// whole tiles; then the rest of the share. So one slot of the workspace a cluster is enough, it is written long before its
+// reader looks, and clusters come to the ends of their tiles at different times.
 class Q4GemmSchedule {
  public:
   Q4S_HOST_DEVICE Q4GemmSchedule(const Q4GemmWork& work, int v) : work_(work) {
@@ -27,13 +28,14 @@ class Q4GemmSchedule {
     return int64_t(work_.streamed) * work_.k_blocks * v / work_.clusters;
   }
   Q4S_HOST_DEVICE bool next(Q4GemmPart& part) {
-    if (unit_ < last_) {
+    const bool whole_left = tile_ < work_.tiles;
+    if (unit_ < last_ && (unit_ % work_.k_blocks || !whole_left)) {
       part.tile = int(unit_ / work_.k_blocks);
       part.begin = int(unit_ - int64_t(part.tile) * work_.k_blocks);
       const int64_t left = part.begin + last_ - unit_;
       part.end = left < work_.k_blocks ? int(left) : work_.k_blocks;
       unit_ += part.end - part.begin;
-    } else if (tile_ < work_.tiles) {
+    } else if (whole_left) {
       part.tile = tile_;
       part.begin = 0;
       part.end = work_.k_blocks;

@@ -41,12 +41,13 @@ struct Q4Tile {
   // And the producer, one thread: of a warpgroup where registers are to be moved to the consumers, else of a warp.
   static constexpr bool kMoveRegisters = kPerSm == 1;
   static constexpr int kThreads = kQ4Consumers * 128 + (kMoveRegisters ? 128 : 32);
-  static constexpr int kLimit = int(kPerSm == 1 ? kQ4SharedBytes : kQ4SharedBytesOfTwo) - kReserved - 256;
+  static constexpr int kBarrierBytes = 256;
+  static constexpr int kLimit = int(kPerSm == 1 ? kQ4SharedBytes : kQ4SharedBytesOfTwo) - kReserved - kBarrierBytes;
   static constexpr int kStages = kLimit / kStageBytes < 12 ? kLimit / kStageBytes : 12;
   static constexpr int kBarriers = kStages * kStageBytes;  // offsets
-  static constexpr int kRest = kBarriers + 256;
+  static constexpr int kRest = kBarriers + kBarrierBytes;
   static constexpr int kBytes = kRest + kReserved;
-  static_assert(kStages * kStageTiles >= 4 && kBlocks * kRegs <= 128 && kStages * 16 + 8 <= 256);
+  static_assert(kStages * kStageTiles >= 4 && kBlocks * kRegs <= 128 && kStages * 16 <= kBarrierBytes);
 };
 
 // Sums pass through shared memory: 64 rows x some tokens in f32, a token's rows together, 76 floats a token, and 8 of
@@ -60,7 +61,7 @@ constexpr int kQ4TokenBytes = kQ4TokenFloats * 4;
 // Addresses of a block's shared memory.
 template <class T>
 struct Q4Shared {
-  uint32_t x, w, s, full, empty, lead;
+  uint32_t x, w, s, full, empty;
   const uint8_t* w_data;
   const uint8_t* s_data;
 
@@ -72,7 +73,6 @@ struct Q4Shared {
     s = hopper::smem_address(s_data);
     full = x + T::kBarriers;
     empty = full + T::kStages * 8;
-    lead = empty + T::kStages * 8;
   }
   // By one thread; a barrier of all must follow.
   __device__ void init() const {
@@ -80,7 +80,6 @@ struct Q4Shared {
       hopper::barrier_init(full + i * 8, 1);
       hopper::barrier_init(empty + i * 8, kQ4Consumers * 4 * T::kCluster);
     }
-    hopper::barrier_init(lead, 1);
     hopper::barrier_init_fence();
   }
 };
@@ -116,7 +115,7 @@ struct Q4Loader {
 };
 
 // The producer's thread. Cursor: next() steps to the next stage; n_tile(), token0(), k_tile() say what it holds.
-// Weights depend on no kernel before this one: the whole ring of them is on its way before the wait.
+// Weights depend on no kernel before this one: the whole ring of them is on its way before the waits.
 template <class T, class Cursor>
 __device__ void q4_produce(const Q4Loader<T>& load, Cursor weights) {
   hopper::tma_prefetch_map(&load.map_w);
@@ -125,6 +124,7 @@ __device__ void q4_produce(const Q4Loader<T>& load, Cursor weights) {
   Cursor activations = weights;
   int filled = 0;
   for (; filled < T::kStages && weights.next(); ++filled) load.weights(filled, weights.n_tile(), weights.k_tile());
+  if constexpr (T::kCluster > 1) hopper::cluster_wait();  // peers' barriers exist
   pdl_wait();
   for (int i = 0; i < filled; ++i) {
     activations.next();
@@ -157,8 +157,8 @@ struct Q4Consumer {
       if (lane < T::kCluster) hopper::barrier_arrive_remote(sh.empty + last * 8, lane);
     }
   }
-  // Sums over `units` units of K, still in flight at return. Thread 0 arrives at sh.lead before stage `lead`.
-  __device__ void multiply(int units, int lead, float (&acc)[T::kBlocks][T::kRegs]) {
+  // Sums over `units` units of K, still in flight at return.
+  __device__ void multiply(int units, float (&acc)[T::kBlocks][T::kRegs]) {
     uint32_t a[2][4][4];  // fragments of 64 rows x 64 columns, double buffered
     const uint32_t x0 = hopper::wgmma_address(sh.x);
     for (int unit = 0; unit < units; ++unit) {
@@ -166,10 +166,7 @@ struct Q4Consumer {
       for (int in_unit = 0; in_unit < kQ4UnitTiles; ++in_unit) {
         const int tile = in_unit % T::kStageTiles;  // of the stage
         const bool first = in_unit == 0 && unit == 0;
-        if (tile == 0) {
-          if (unit * T::kUnitStages + in_unit / T::kStageTiles == lead && thread == 0) hopper::barrier_arrive(sh.lead);
-          hopper::barrier_wait(sh.full + at.stage * 8, at.parity);
-        }
+        if (tile == 0) hopper::barrier_wait(sh.full + at.stage * 8, at.parity);
 #pragma unroll
         for (int block = 0; block < T::kBlocks; ++block) {
           const int row_tile = (group * T::kBlocks + block) * 4 + warp;

@@ -86,7 +86,7 @@ template <class T>
 __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, int rank, int units, int row0, int token0) {
   Q4Consumer<T> me{sh, p.operands};
   float acc[T::kBlocks][T::kRegs];
-  me.multiply(units, -1, acc);
+  me.multiply(units, acc);
   pdl_wait();  // the producer waited; what follows reads and writes what an earlier kernel may have used
   me.finish(acc);
   named_barrier(1, kQ4Consumers * 128);  // both are done with the ring: its memory takes the sums
@@ -112,7 +112,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
     ++places.step;
     if (places.any()) batch.fetch(p.sink, places);
   }
-  cluster_sync();  // others may still read this block's sums
+  cluster_leave();  // others may still read this block's sums
 }
 
 #endif  // Q4S_SM90A

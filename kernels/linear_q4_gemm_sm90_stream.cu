@@ -1,6 +1,5 @@
-// The Hopper kernel of linear_q4_gemm.h for many tokens. Persistent: a cluster walks a list of (tile, K range) parts.
-// Parts of one tile meet through the workspace, summed in the order of K. The second warpgroup runs half a ring
-// behind the first, so that the tensor core has work of one while the other stores a tile.
+// The Hopper kernel of linear_q4_gemm.h that streams work. Persistent: a cluster walks a list of (tile, K range) parts.
+// Parts of one tile meet through the workspace, summed in the order of K.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_schedule.h"
 #include "kernels/linear_q4_gemm_sm90_drain.cuh"
@@ -13,7 +12,7 @@ constexpr int kFlagBytes = 4096;
 constexpr int kChunk = 32;  // tokens that pass through shared memory at a time
 
 template <int kRows, int kColumns, int kCluster>
-using Tile = Q4Tile<kRows, kColumns, kCluster, 1, 1, kQ4Consumers * (kQ4DrainBytes + kColumns * 8)>;
+using Tile = Q4Tile<kRows, kColumns, kCluster, 1, 1, kQ4Consumers*(kQ4DrainBytes + kColumns * 8)>;
 static_assert(kChunk * kQ4TokenBytes <= kQ4DrainBytes);
 
 struct Params {
@@ -21,7 +20,6 @@ struct Params {
   Q4GemmWork work;
   Q4Operands operands;
   bool drain;       // q4_drain_takes
-  int lead;         // stages that the second warpgroup stays behind; 0: free
   float4* partial;  // (clusters * kCluster, kQ4Consumers, kBlocks * kRegs / 4, 128)
   int* flags;       // (clusters * kCluster, kQ4Consumers)
 };
@@ -56,16 +54,16 @@ class Cursor {
 // Adds the parts of a split tile that later clusters computed, in the order of K.
 template <class T>
 __device__ void gather_parts(const Params& p, const Q4GemmSchedule& schedule, const Q4GemmPart& part, int v, int rank,
-                             int group, int thread, float (&acc)[T::kBlocks][T::kRegs]) {
+                             const Q4Consumer<T>& me, float (&acc)[T::kBlocks][T::kRegs]) {
   const int64_t tile_end = int64_t(part.tile + 1) * p.work.k_blocks;
   for (int h = v + 1; schedule.first_unit(h) < tile_end; ++h) {
-    const int slot = (h * T::kCluster + rank) * kQ4Consumers + group;
-    if (thread == 0) {
+    const int slot = (h * T::kCluster + rank) * kQ4Consumers + me.group;
+    if (me.thread == 0) {
       flag_wait(p.flags + slot);
       p.flags[slot] = 0;  // as the next product expects it
     }
-    named_barrier(1 + group, 128);
-    const float4* from = p.partial + int64_t(slot) * (T::kBlocks * T::kRegs / 4) * 128 + thread;
+    named_barrier(1 + me.group, 128);
+    const float4* from = p.partial + int64_t(slot) * (T::kBlocks * T::kRegs / 4) * 128 + me.thread;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b)
 #pragma unroll
@@ -77,10 +75,10 @@ __device__ void gather_parts(const Params& p, const Q4GemmSchedule& schedule, co
 }
 
 template <class T>
-__device__ void publish_part(const Params& p, int v, int rank, int group, int thread,
+__device__ void publish_part(const Params& p, int v, int rank, const Q4Consumer<T>& me,
                              const float (&acc)[T::kBlocks][T::kRegs]) {
-  const int slot = (v * T::kCluster + rank) * kQ4Consumers + group;
-  float4* to = p.partial + int64_t(slot) * (T::kBlocks * T::kRegs / 4) * 128 + thread;
+  const int slot = (v * T::kCluster + rank) * kQ4Consumers + me.group;
+  float4* to = p.partial + int64_t(slot) * (T::kBlocks * T::kRegs / 4) * 128 + me.thread;
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b)
 #pragma unroll
@@ -88,8 +86,8 @@ __device__ void publish_part(const Params& p, int v, int rank, int group, int th
       __stcg(to + (b * (T::kRegs / 4) + i) * 128,
              make_float4(acc[b][4 * i], acc[b][4 * i + 1], acc[b][4 * i + 2], acc[b][4 * i + 3]));
   __threadfence();
-  named_barrier(1 + group, 128);
-  if (thread == 0) flag_set(p.flags + slot);
+  named_barrier(1 + me.group, 128);
+  if (me.thread == 0) flag_set(p.flags + slot);
 }
 
 // Rows and tokens of a chunk as a thread of the warpgroup takes them: a token's rows lie along neighbouring threads.
@@ -108,11 +106,13 @@ struct ChunkPlaces {
   }
 };
 
-// A tile's sums to their place, kChunk tokens of 64 rows at a time. The first chunk's reads are already in `batch`.
+// A tile's sums to their place, kChunk tokens of 64 rows at a time.
 template <class T>
 __device__ void drain(const Q4GemmSink& s, float* buffer, int row0, int token0, int group, int thread, int warp, int lane,
-                      Q4SinkBatch& batch, const float (&acc)[T::kBlocks][T::kRegs]) {
+                      const float (&acc)[T::kBlocks][T::kRegs]) {
   constexpr int kOfBlock = T::kColumns / kChunk, kChunks = T::kBlocks * kOfBlock;
+  Q4SinkBatch batch;
+  batch.fetch(s, ChunkPlaces{s, thread, row0, token0});
 #pragma unroll 1
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     // Accumulators have fixed names: a branch each, but one copy of what follows.
@@ -137,12 +137,11 @@ __device__ void drain(const Q4GemmSink& s, float* buffer, int row0, int token0, 
 
 // A tile's sums to their place.
 template <class T>
-__device__ void finish_tile(const Params& p, const Q4DrainPlace& at, uint8_t* buffer, Q4SinkBatch& batch,
+__device__ void finish_tile(const Params& p, const Q4DrainPlace& at, uint8_t* buffer,
                             const float (&acc)[T::kBlocks][T::kRegs]) {
   if (!p.drain) {
     named_barrier(1 + at.group, 128);  // the buffer may serve the tile before
-    drain<T>(p.sink, reinterpret_cast<float*>(buffer), at.row0, at.token0, at.group, int(at.thread), int(at.warp), int(at.lane), batch,
-             acc);
+    drain<T>(p.sink, reinterpret_cast<float*>(buffer), at.row0, at.token0, at.group, int(at.thread), int(at.warp), int(at.lane), acc);
   } else if (p.sink.output == Q4GemmOutput::kSwiglu) {
     q4_drain_swiglu<T>(p.sink, at, acc);
   } else if (p.sink.output == Q4GemmOutput::kStore) {
@@ -154,55 +153,42 @@ __device__ void finish_tile(const Params& p, const Q4DrainPlace& at, uint8_t* bu
 
 template <class T>
 __device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, int v, int rank) {
-  constexpr int kPlaces = T::kColumns / 128;  // (position, sequence) that a thread fetches
   Q4Consumer<T> me{sh, p.operands};
   uint8_t* buffer = rest + me.group * kQ4DrainBytes;
   int2* places = reinterpret_cast<int2*>(rest + kQ4Consumers * kQ4DrainBytes) + me.group * T::kColumns;
   Q4GemmSchedule schedule(p.work, v);
   Q4GemmPart part;
-  Q4SinkBatch batch;
   float acc[T::kBlocks][T::kRegs];
-  uint32_t lead_parity = 0;
   while (schedule.next(part)) {
-    const int units = part.end - part.begin;
-    // Only in long parts: there the first warpgroup cannot be two of them ahead, and the parity tells them apart.
-    const bool lead = p.lead > 0 && units * T::kUnitStages >= 2 * T::kStages;
-    if (lead && me.group == 1) {
-      barrier_wait(sh.lead, lead_parity);
-      lead_parity ^= 1;
-    }
-    me.multiply(units, lead && me.group == 0 ? p.lead : -1, acc);
+    me.multiply(part.end - part.begin, acc);
     const int row0 = (part.row_block * T::kCluster + rank) * T::kRows + me.group * T::kBlocks * 64;
     const int token0 = part.column_block * T::kColumns;
-    int2 place[kPlaces];
-#pragma unroll
-    for (int i = 0; i < kPlaces; ++i) {
-      const int token = token0 + me.thread + 128 * i;
-      const bool there = p.drain && p.sink.output == Q4GemmOutput::kRopeKv && token < p.sink.tokens;
-      place[i] = there ? make_int2(p.sink.position[token], p.sink.sequence[token]) : make_int2(0, 0);
-    }
-    if (part.begin == 0 && !p.drain) batch.fetch(p.sink, ChunkPlaces{p.sink, me.thread, row0, token0});
-    me.finish(acc);
-    if (part.begin > 0) {
-      publish_part<T>(p, v, rank, me.group, me.thread, acc);
-      continue;
-    }
-    if (part.end < p.work.k_blocks) gather_parts<T>(p, schedule, part, v, rank, me.group, me.thread, acc);
-    if (p.drain && p.sink.output == Q4GemmOutput::kRopeKv) {
-      named_barrier(1 + me.group, 128);  // the places of the tile before are read
-#pragma unroll
-      for (int i = 0; i < kPlaces; ++i) places[me.thread + 128 * i] = place[i];
-    }
     Q4DrainPlace at{row0, token0, me.group, uint32_t(me.thread), uint32_t(me.warp), uint32_t(me.lane), smem_address(buffer), places};
     at.pin();
-    finish_tile<T>(p, at, buffer, batch, acc);
+    if (part.begin == 0 && p.drain) {
+      if (p.sink.output == Q4GemmOutput::kRopeKv) {
+        at.sync();  // the places of the tile before are read
+#pragma unroll
+        for (int i = me.thread; i < T::kColumns; i += 128)
+          places[i] = token0 + i < p.sink.tokens ? make_int2(p.sink.position[token0 + i], p.sink.sequence[token0 + i]) : make_int2(0, 0);
+        at.sync();
+      }
+      q4_drain_begin<T>(p.sink, at);
+    }
+    me.finish(acc);
+    if (part.begin > 0) {
+      publish_part<T>(p, v, rank, me, acc);
+      continue;
+    }
+    if (part.end < p.work.k_blocks) gather_parts<T>(p, schedule, part, v, rank, me, acc);
+    finish_tile<T>(p, at, buffer, acc);
   }
 }
 
 #endif  // Q4S_SM90A
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1)
+__global__ void __launch_bounds__(T::kThreads, T::kPerSm)
     q4_gemm_stream_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
 #if Q4S_SM90A
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -212,17 +198,18 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int v = p.work.clusters - 1 - int(blockIdx.x) / T::kCluster;
   const int rank = T::kCluster == 1 ? 0 : int(cluster_rank());
   if (threadIdx.x == 0) sh.init();
-  if constexpr (T::kCluster > 1)
-    cluster_sync();
-  else
-    __syncthreads();
+  __syncthreads();
+  if constexpr (T::kCluster > 1) cluster_arrive();
   if (__shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) == kQ4Consumers) {
     if constexpr (T::kMoveRegisters) give_registers<40>();
     if (threadIdx.x == kQ4Consumers * 128)
       q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, rank}, Cursor<T>(p.work, v, rank));
+    else if constexpr (T::kCluster > 1)
+      cluster_wait();
     __syncwarp();
   } else {
     if constexpr (T::kMoveRegisters) take_registers<232>();
+    if constexpr (T::kCluster > 1) cluster_wait();  // peers' barriers exist
     pdl_wait();  // the sums below read and write what it may still use
     consume<T>(p, sh, raw + T::kRest, v, rank);
   }
@@ -236,7 +223,6 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   p.sink = q4_gemm_sink(a);
   p.work = {c.k_blocks, c.row_blocks, c.column_blocks, c.band, c.streamed, c.streamed + c.whole, c.clusters};
   p.drain = q4_drain_takes(p.sink);
-  p.lead = c.staggered ? T::kStages / 2 : 0;
   p.flags = reinterpret_cast<int*>(a.workspace);
   p.partial = reinterpret_cast<float4*>(a.workspace + kFlagBytes);
   const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns / T::kCluster, T::kStageTiles, p.operands);
