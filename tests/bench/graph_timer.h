@@ -32,6 +32,12 @@ class Timer {
     std::sort(times.begin(), times.end());
     return times;
   }
+  // Microseconds of one `work` where its graph is launched again and again without waiting.
+  double back_to_back(const std::function<void(cudaStream_t)>& work) {
+    const Graph graph(*this, work);
+    run(graph, 1);
+    return run(graph, 64);
+  }
   // Several works in turn, `rounds` times, each for about `burst` microseconds at a time: a card at its power limit slows
   // down for all of them alike. Median microseconds of each.
   std::vector<double> alternate(const std::vector<std::function<void(cudaStream_t)>>& works, double burst, int rounds) {
