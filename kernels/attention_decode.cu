@@ -1,190 +1,267 @@
-// attention_decode.h. One cluster for a token and up to 8 query heads of one kv head; its blocks and their
-// warps share out the cache in tiles of 16 positions, each warp with its own online softmax.
+// attention_decode.h. A block takes a part of the cache for a token and up to 8 query heads of one kv head; its warps
+// take tiles of 16 positions in turn, each through a ring in shared memory of its own and with its own online softmax.
 //
-// Both products run on mma.m16n8k16 with the heads as columns, straight from global memory without shared
-// memory:
-//   S^T (16 positions, 8 heads) = K (16, hd) Q^T: the order of hd is free, so a lane takes 8 neighbouring
-//   values O^T (16 dims, 8 heads)      = V^T (16, 16 positions) P^T: the order of dims is free likewise;
-//   pairs of positions
-//                                 are made by byte permutation, P^T by a transposition in registers
-// The partial results of warps, then of blocks, meet in shared memory and are added in their order.
+// Both products run on mma.m16n8k16 with the heads as columns:
+//   S^T (16 positions, 8 heads) = K (16, hd) Q^T        K by ldmatrix
+//   O^T (hd, 8 heads)           = V^T (hd, 16) P^T      V by a transposing ldmatrix, P^T by movmatrix from S^T
+// The warps' results meet in shared memory, the blocks' in scratch, where the last block to end adds them in order.
+//
+// Rows of earlier steps are asked for before the predecessor has ended.
 //
 // A second, plain kernel serves caches in f32 and head sizes that are no multiple of 8.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 
 #include "kernels/attention_decode.h"
-#include "kernels/decode_ptx.cuh"
 #include "kernels/pdl.cuh"
+#include "kernels/shared_halves.cuh"
 
 namespace q4s {
 namespace {
 
-constexpr int kWarps = 4, kTile = 16, kMaxHeads = 8, kMaxCluster = 8;
+constexpr int kTile = 16, kMaxHeads = 8, kMaxDim = 256, kMaxParts = 16, kPlainWarps = 4;
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Params {
   const float* q;  // (T, H * hd)
-  float* y;        // (T, H * hd)
+  void* y;         // (T, H * hd)
+  bool y_half;
   Placement at;
   KvLayer kv;
   int heads, kv_heads, head_dim;
-  int head_blocks;  // blocks of 8 query heads to one kv head
-  float scale;      // log2(e) / sqrt(hd)
+  int head_blocks;     // blocks of 8 query heads to one kv head
+  int fresh;           // newest rows of a sequence that the predecessor may write
+  int part_tiles;      // least tiles of a part
+  float scale;         // log2(e) / sqrt(hd)
+  unsigned* counters;  // (rows) of T * kv_heads * head_blocks, zero between launches
+  float2* unfinished;  // (rows, parts, 8) largest logit of a head and sum of weights
+  float* sums;         // (rows, parts, 8 * hd) weighted sums of values
 };
 
-// Shared memory, in floats: per warp m and l of 8 heads, O (heads, hd); then the block's own.
-struct Partials {
-  float *m, *l, *o;                    // (warps, 8), (warps, 8), (warps, heads, hd)
-  float *block_m, *block_l, *block_o;  // (8), (8), (heads, hd)
-};
-__device__ Partials partials(float* shared, int heads, int head_dim) {
-  Partials s;
-  s.m = shared;
-  s.l = s.m + kWarps * kMaxHeads;
-  s.block_m = s.l + kWarps * kMaxHeads;
-  s.block_l = s.block_m + kMaxHeads;
-  s.block_o = s.block_l + kMaxHeads;
-  s.o = s.block_o + heads * head_dim;
-  return s;
-}
-int shared_bytes(int heads, int head_dim) {
-  return 4 * (2 * kWarps * kMaxHeads + 2 * kMaxHeads + (kWarps + 1) * heads * head_dim);
-}
-
-// Adds the warps' results, then the blocks', and writes y (heads, hd). All threads of the cluster.
-__device__ void combine(const Partials& s, float* y, int heads, int head_dim, int rank, int cluster) {
-  __syncthreads();
-  const int count = heads * head_dim;
-  for (int i = int(threadIdx.x); i < count; i += kWarps * 32) {
-    const int h = i / head_dim;
-    float top = -INFINITY, sum = 0, total = 0;
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.m[w * kMaxHeads + h]);
-    for (int w = 0; w < kWarps; ++w) {
-      const float m = s.m[w * kMaxHeads + h], weight = m == -INFINITY ? 0.0f : exp2f(m - top);
-      sum += weight * s.o[w * count + i];
-      total += weight * s.l[w * kMaxHeads + h];
-    }
-    if (cluster == 1) {
-      y[i] = sum / total;
-    } else {
-      s.block_o[i] = sum;
-      if (i % head_dim == 0) {
-        s.block_m[h] = top;
-        s.block_l[h] = total;
-      }
-    }
-  }
-  if (cluster == 1) return;
-  cluster_sync();
-  for (int i = count * rank / cluster + int(threadIdx.x); i < count * (rank + 1) / cluster;
-       i += kWarps * 32) {
-    const int h = i / head_dim;
-    float m[kMaxCluster], top = -INFINITY, sum = 0, total = 0;
-#pragma unroll
-    for (int b = 0; b < kMaxCluster; ++b) {
-      m[b] = b < cluster ? cluster_read(s.block_m + h, b) : -INFINITY;
-      top = fmaxf(top, m[b]);
-    }
-#pragma unroll
-    for (int b = 0; b < kMaxCluster; ++b)
-      if (b < cluster) {
-        const float weight = m[b] == -INFINITY ? 0.0f : exp2f(m[b] - top);
-        sum += weight * cluster_read(s.block_o + i, b);
-        total += weight * cluster_read(s.block_l + h, b);
-      }
-    y[i] = sum / total;
-  }
-  cluster_sync();  // the other blocks may still read this one's memory
-}
-
-// kChunks: head_dim in units of 32, rounded up.
+// The ring of a warp: planes of K and V of a tile in turn. kChunks: head_dim in units of 32, rounded up. Pieces of 16
+// bytes of a row are permuted by its number, or rows are padded, so that eight rows meet eight different banks.
 template <int kChunks>
-__global__ void __launch_bounds__(kWarps * 32, kChunks <= 2 ? 2 : 1)
+struct Ring {
+  static constexpr int kWarps = kChunks <= 2 ? 8 : 4;  // of a block: two of whose rings fit a multiprocessor, or nearly so
+  static constexpr int kSlots = kChunks > 4 ? 3 : kChunks == 2 ? 4 : 6;
+  static constexpr int kDims = 32 * kChunks, kPieces = kDims / 8;
+  static constexpr bool kPermuted = kChunks % 2 == 0;
+  static constexpr int kPitch = kDims * 2 + (kPermuted ? 0 : 16), kPlane = kTile * kPitch;
+  static constexpr int kBytes = kSlots * kPlane;
+
+  __device__ static uint32_t piece(int row, int i) { return row * kPitch + (kPermuted ? i ^ (row & 7) : i) * 16; }
+  // From the address of piece 0 or 1 of a row to that of 2c on.
+  __device__ static uint32_t step(uint32_t at, int c) {
+    return kPermuted ? (at ^ (c % 4 * 32)) + c / 4 * 128 : at + c * 32;
+  }
+};
+
+// Of the warps of a block, behind their rings.
+template <int kWarps>
+struct Partials {
+  float m[kWarps][kMaxHeads], l[kWarps][kMaxHeads];
+  bool last;
+};
+
+// Counts arrivals from 0 to `most` and back to 0. The last one sees what the others wrote.
+__device__ inline bool is_last(unsigned* counter, unsigned most) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(most) : "memory");
+  return before == most;
+}
+
+__device__ inline void store(const Params& p, int64_t i, float v) {
+  if (p.y_half)
+    static_cast<__half*>(p.y)[i] = __float2half_rn(v);
+  else
+    static_cast<float*>(p.y)[i] = v;
+}
+
+__device__ inline float weight_of(float m, float top) { return m == -INFINITY ? 0.0f : exp2f(m - top); }
+
+// y, (heads, hd) from `y` on, from the parts' results, four values a thread and turn; all loads of a turn at once.
+template <int kThreads>
+__device__ void add_parts(const Params& p, int64_t first, int parts, int64_t y, int heads) {
+  const int hd = p.head_dim;
+  for (int i = 4 * int(threadIdx.x); i < heads * hd; i += 4 * kThreads) {
+    float2 ml[kMaxParts];
+    float4 v[kMaxParts];
+#pragma unroll
+    for (int b = 0; b < kMaxParts; ++b) {
+      ml[b] = make_float2(-INFINITY, 0);
+      v[b] = make_float4(0, 0, 0, 0);
+      if (b >= parts) continue;
+      ml[b] = __ldcg(p.unfinished + (first + b) * kMaxHeads + i / hd);
+      v[b] = __ldcg(reinterpret_cast<const float4*>(p.sums + (first + b) * kMaxHeads * hd + i));
+    }
+    float top = -INFINITY, total = 0;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int b = 0; b < kMaxParts; ++b) top = fmaxf(top, ml[b].x);
+#pragma unroll
+    for (int b = 0; b < kMaxParts; ++b) {
+      const float weight = weight_of(ml[b].x, top);
+      total += weight * ml[b].y;
+      sum.x += weight * v[b].x, sum.y += weight * v[b].y, sum.z += weight * v[b].z, sum.w += weight * v[b].w;
+    }
+    store(p, y + i, sum.x / total), store(p, y + i + 1, sum.y / total);
+    store(p, y + i + 2, sum.z / total), store(p, y + i + 3, sum.w / total);
+  }
+}
+
+// Adds the warps' results and writes y, (heads, hd) from `y` on, or those of a part where there are several. o(w): sums of warp w,
+// (heads, hd). All threads of the block.
+template <int kWarps, typename Warp>
+__device__ void combine(const Params& p, Partials<kWarps>& s, const Warp& o, int64_t y, int heads, int part, int parts) {
+  const int hd = p.head_dim, row = int(blockIdx.z * gridDim.y + blockIdx.y);
+  const int64_t first = int64_t(row) * gridDim.x;
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < heads * hd; i += kWarps * 32) {
+    const int h = i / hd;
+    float top = -INFINITY, sum = 0, total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.m[w][h]);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float weight = weight_of(s.m[w][h], top);
+      sum += weight * o(w)[i];
+      total += weight * s.l[w][h];
+    }
+    if (parts == 1) {
+      store(p, y + i, sum / total);
+    } else {
+      p.sums[(first + part) * kMaxHeads * hd + i] = sum;
+      if (i % hd == 0) p.unfinished[(first + part) * kMaxHeads + h] = make_float2(top, total);
+    }
+  }
+  if (parts == 1) return;
+  __syncthreads();
+  if (threadIdx.x == 0) s.last = is_last(p.counters + row, unsigned(parts - 1));
+  __syncthreads();
+  if (s.last) add_parts<kWarps * 32>(p, first, parts, y, heads);
+}
+
+template <int kChunks>
+__global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 : 1)
     attention_mma_kernel(const __grid_constant__ Params p) {
-  constexpr int kWide = (kChunks + 1) / 2;  // head_dim in units of 64
-  extern __shared__ __align__(16) float shared[];
+  using R = Ring<kChunks>;
+  constexpr int kWarps = R::kWarps, kSlots = R::kSlots, kSteps = 2 * kChunks;  // steps: of 16 dims
+  extern __shared__ __align__(128) uint8_t shared[];
+  Partials<kWarps>& partials = *reinterpret_cast<Partials<kWarps>*>(shared + kWarps * R::kBytes);
   pdl_trigger();
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
-  const int rank = int(blockIdx.x), cluster = int(gridDim.x), token = int(blockIdx.z);
+  const int part = int(blockIdx.x), token = int(blockIdx.z);
   const int kv_head = int(blockIdx.y) / p.head_blocks, block = int(blockIdx.y) % p.head_blocks;
   const int group = p.heads / p.kv_heads, heads = min(kMaxHeads, group - block * kMaxHeads);
   const int head = kv_head * group + block * kMaxHeads, hd = p.head_dim, width = p.kv_heads * hd;
 
-  pdl_wait();
-  const int length = __ldcg(p.at.position + token) + 1;
+  const int length = __ldcg(p.at.position + token) + 1, old = length - p.fresh;
   const int64_t base = __ldcg(p.at.sequence + token) * p.kv.ctx * width + kv_head * hd;
   const __half* keys = static_cast<const __half*>(p.kv.k) + base;
   const __half* values = static_cast<const __half*>(p.kv.v) + base;
-  const int tiles = (length + kTile - 1) / kTile;
-  const int end = int(int64_t(tiles) * (rank + 1) / cluster);
-  int tile = int(int64_t(tiles) * rank / cluster) + warp;
+  const int tiles = (length + kTile - 1) / kTile, parts = max(1, min(int(gridDim.x), tiles / p.part_tiles));
+  const int end = part < parts ? int(int64_t(tiles) * (part + 1) / parts) : 0;
+  int tile = part < parts ? int(int64_t(tiles) * part / parts) + warp : 0;
 
-  // Rows g and g+8 of K at dims 32c + 8t..; rows 2t, 2t+1, 2t+8, 2t+9 of V at dims 64c + 8g... Beyond the end
-  // the last row is read again, its weight will be 0.
-  uint4 k[kChunks][2], v[kWide][4];
-  const auto row = [&](int r) { return int64_t(min(tile * kTile + r, length - 1)) * width; };
-  const auto load_k = [&] {
+  // Asks for plane n of the warp's tiles, K and V in turn, but for rows at positions in [without, length); rows from
+  // `length` on become zero.
+  const uint32_t ring = shared_address(shared) + warp * R::kBytes;
+  const auto fill = [&](uint32_t to, int n, int without) {
+    const int first = (tile + n / 2 * kWarps) * kTile;
+    if (first >= end * kTile) return;
+    const __half* rows = (n % 2 ? values : keys) + int64_t(first) * width;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        k[c][i] = 32 * c + 8 * t < hd
-                      ? __ldcg(reinterpret_cast<const uint4*>(keys + row(g + 8 * i) + 32 * c + 8 * t))
-                      : make_uint4(0, 0, 0, 0);
-  };
-  const auto load_v = [&] {
-#pragma unroll
-    for (int c = 0; c < kWide; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        v[c][i] = 64 * c + 8 * g < hd ? __ldcg(reinterpret_cast<const uint4*>(
-                                            values + row(2 * t + i % 2 + i / 2 * 8) + 64 * c + 8 * g))
-                                      : make_uint4(0, 0, 0, 0);
-  };
-  if (tile < end) {
-    load_k();
-    load_v();
-  }
-
-  uint32_t q[kChunks][4];
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    float4 a = make_float4(0, 0, 0, 0), b = a;
-    if (g < heads && 32 * c + 8 * t < hd) {
-      const float4* from =
-          reinterpret_cast<const float4*>(p.q + (int64_t(token) * p.heads + head + g) * hd + 32 * c + 8 * t);
-      a = __ldcg(from);
-      b = __ldcg(from + 1);
+    for (int j = 0; j < kTile * R::kPieces / 32; ++j) {
+      const int i = lane + 32 * j, row = i / R::kPieces, piece = i % R::kPieces, position = first + row;
+      const bool there = position < length && piece * 8 < hd;
+      if (position < without || position >= length || piece * 8 >= hd)
+        copy_or_zero(to + R::piece(row, piece), there ? rows + int64_t(row) * width + piece * 8 : rows, there);
     }
-    q[c][0] = pack_half2(a.x * p.scale, a.y * p.scale);
-    q[c][1] = pack_half2(a.z * p.scale, a.w * p.scale);
-    q[c][2] = pack_half2(b.x * p.scale, b.y * p.scale);
-    q[c][3] = pack_half2(b.z * p.scale, b.w * p.scale);
+  };
+#pragma unroll 1
+  for (int n = 0; n < kSlots; ++n) {
+    fill(ring + n * R::kPlane, n, old);
+    copy_commit();
   }
+  pdl_wait();
+  if (part >= parts) return;
 
-  // Heads 2t and 2t+1 of this lane.
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {}, o[kWide][4][4] = {};
-  while (tile < end) {
+  float2 queries[kSteps][2];
+  const float* const q_row = p.q + (int64_t(token) * p.heads + head + g) * hd + 2 * t;
+#pragma unroll
+  for (int c = 0; c < kSteps; ++c)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      queries[c][i] = make_float2(0, 0);
+      if (g < heads && 16 * c + 8 * i < hd)
+        queries[c][i] = __ldcg(reinterpret_cast<const float2*>(q_row + 16 * c + 8 * i));
+    }
+  // Fresh rows of tiles that have been asked for.
+  const bool late = tile < end && (min(tile + (kSlots - 1) / 2 * kWarps, end - 1) + 1) * kTile > old;
+  if (late) {
+#pragma unroll 1
+    for (int n = 0; n < kSlots; ++n) {
+      const int first = (tile + n / 2 * kWarps) * kTile, row0 = max(0, old - first);
+      const int rows = first < end * kTile ? min(kTile, length - first) - row0 : 0;
+      const __half* from = (n % 2 ? values : keys) + int64_t(first) * width;
+#pragma unroll 1
+      for (int i = lane; i < rows * R::kPieces; i += 32) {
+        const int row = row0 + i / R::kPieces, piece = i % R::kPieces;
+        if (piece * 8 < hd)
+          copy_or_zero(ring + n * R::kPlane + R::piece(row, piece), from + int64_t(row) * width + piece * 8, true);
+      }
+    }
+    copy_commit();
+  }
+  // Waits for the plane that is next; a tile with fresh rows is the last or nearly so.
+  const auto wait = [&] {
+    if ((tile + 1) * kTile > old)
+      copy_wait<0>();
+    else if (late)
+      copy_wait<kSlots>();
+    else
+      copy_wait<kSlots - 1>();
+    __syncwarp();
+  };
+
+  uint32_t q[kSteps][2];
+#pragma unroll
+  for (int c = 0; c < kSteps; ++c)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) q[c][i] = pack_half2(queries[c][i].x * p.scale, queries[c][i].y * p.scale);
+
+  // Heads 2t and 2t+1 of this lane; of O dims 16c + g and that + 8.
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {}, o[kSteps][4] = {};
+  const uint32_t k_lane = ring + R::piece(lane % 16, lane / 16);
+  const uint32_t v_lane = ring + R::piece(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  int slot = 0;
+  const auto refill = [&](int n) {
+    __syncwarp();
+    fill(ring + slot * R::kPlane, n, INT_MAX);
+    copy_commit();
+    if (++slot == kSlots) slot = 0;
+  };
+#pragma unroll 1
+  for (; tile < end; tile += kWarps) {
+    wait();
     float s[4] = {}, s2[4] = {};  // two chains, for latency
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const uint32_t first[4] = {k[c][0].x, k[c][1].x, k[c][0].y, k[c][1].y};
-      const uint32_t second[4] = {k[c][0].z, k[c][1].z, k[c][0].w, k[c][1].w};
-      mma_16816(s, first, q[c][0], q[c][1]);
-      mma_16816(s2, second, q[c][2], q[c][3]);
+    for (int c = 0; c < kSteps; c += 2) {
+      uint32_t a[4];
+      load_matrices<false>(a, R::step(k_lane + slot * R::kPlane, c));
+      mma_16816(s, a, q[c][0], q[c][1]);
+      load_matrices<false>(a, R::step(k_lane + slot * R::kPlane, c + 1));
+      mma_16816(s2, a, q[c + 1][0], q[c + 1][1]);
     }
-    const int here = tile;
-    tile += kWarps;
-    if (tile < end) load_k();
-
+    refill(kSlots);
     float shrink[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float& low = s[h];       // position g
       float& high = s[h + 2];  // position g + 8
-      low = here * kTile + g < length ? low + s2[h] : -INFINITY;
-      high = here * kTile + g + 8 < length ? high + s2[h + 2] : -INFINITY;
+      low = tile * kTile + g < length ? low + s2[h] : -INFINITY;
+      high = tile * kTile + g + 8 < length ? high + s2[h + 2] : -INFINITY;
       float top = fmaxf(low, high);
       for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
       top = fmaxf(top, m[h]);
@@ -195,59 +272,44 @@ __global__ void __launch_bounds__(kWarps * 32, kChunks <= 2 ? 2 : 1)
       l[h] = l[h] * shrink[h] + (low + high);
     }
     const uint32_t b0 = transpose_8x8(pack_half2(s[0], s[1])), b1 = transpose_8x8(pack_half2(s[2], s[3]));
+    wait();
 #pragma unroll
-    for (int c = 0; c < kWide; ++c) {
-      const uint32_t w[4][4] = {{v[c][0].x, v[c][0].y, v[c][0].z, v[c][0].w},
-                                {v[c][1].x, v[c][1].y, v[c][1].z, v[c][1].w},
-                                {v[c][2].x, v[c][2].y, v[c][2].z, v[c][2].w},
-                                {v[c][3].x, v[c][3].y, v[c][3].z, v[c][3].w}};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        o[c][i][0] *= shrink[0];
-        o[c][i][1] *= shrink[1];
-        o[c][i][2] *= shrink[0];
-        o[c][i][3] *= shrink[1];
-        const uint32_t a[4] = {__byte_perm(w[0][i], w[1][i], 0x5410), __byte_perm(w[0][i], w[1][i], 0x7632),
-                               __byte_perm(w[2][i], w[3][i], 0x5410), __byte_perm(w[2][i], w[3][i], 0x7632)};
-        mma_16816(o[c][i], a, b0, b1);
-      }
+    for (int c = 0; c < kSteps; ++c) {
+      uint32_t a[4];
+      load_matrices<true>(a, R::step(v_lane + slot * R::kPlane, c));
+      o[c][0] *= shrink[0], o[c][1] *= shrink[1], o[c][2] *= shrink[0], o[c][3] *= shrink[1];
+      mma_16816(o[c], a, b0, b1);
     }
-    if (tile < end) load_v();
+    refill(kSlots + 1);
   }
 
-  const Partials part = partials(shared, heads, hd);
+  const auto sums_of = [&](int w) { return reinterpret_cast<float*>(shared + w * R::kBytes); };  // rings are empty
+  __syncwarp();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     for (int d = 4; d < 32; d *= 2) l[h] += __shfl_xor_sync(0xffffffffu, l[h], d);
-    if (g == 0) {
-      part.m[warp * kMaxHeads + 2 * t + h] = m[h];
-      part.l[warp * kMaxHeads + 2 * t + h] = l[h];
-    }
-    if (2 * t + h < heads) {
-      float* to = part.o + (warp * heads + 2 * t + h) * hd;
+    if (g == 0) partials.m[warp][2 * t + h] = m[h], partials.l[warp][2 * t + h] = l[h];
+    if (2 * t + h >= heads) continue;
+    float* const to = sums_of(warp) + (2 * t + h) * hd + g;
 #pragma unroll
-      for (int c = 0; c < kWide; ++c)
-        if (64 * c + 8 * g < hd)
+    for (int c = 0; c < kSteps; ++c)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            to[64 * c + 8 * g + 2 * i] = o[c][i][h];
-            to[64 * c + 8 * g + 2 * i + 1] = o[c][i][h + 2];
-          }
-    }
+      for (int i = 0; i < 2; ++i)
+        if (16 * c + 8 * i < hd) to[16 * c + 8 * i] = o[c][h + 2 * i];
   }
-  combine(part, p.y + (int64_t(token) * p.heads + head) * hd, heads, hd, rank, cluster);
+  combine<kWarps>(p, partials, sums_of, (int64_t(token) * p.heads + head) * hd, heads, part, parts);
 }
 
 __device__ float load(const void* cache, KvType type, int64_t i) {
-  return type == KvType::kF32
-             ? __ldcg(static_cast<const float*>(cache) + i)
-             : __half2float(__ushort_as_half(__ldcg(static_cast<const uint16_t*>(cache) + i)));
+  return type == KvType::kF32 ? __ldcg(static_cast<const float*>(cache) + i)
+                              : __half2float(__ushort_as_half(__ldcg(static_cast<const uint16_t*>(cache) + i)));
 }
 
 // One head a block; a warp takes every fourth position, a lane every 32nd dim (head_dim <= 256).
-__global__ void __launch_bounds__(kWarps * 32) attention_plain_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kPlainWarps * 32) attention_plain_kernel(const __grid_constant__ Params p) {
   constexpr int kDims = 8;
-  extern __shared__ __align__(16) float shared[];
+  __shared__ Partials<kPlainWarps> partials;
+  __shared__ float o_warps[kPlainWarps][32 * kDims];
   pdl_trigger();
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, hd = p.head_dim;
   const int head = int(blockIdx.y), token = int(blockIdx.z), width = p.kv_heads * hd;
@@ -258,7 +320,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_plain_kernel(const __gr
   float q[kDims], o[kDims] = {}, m = -INFINITY, l = 0;
 #pragma unroll
   for (int i = 0; i < kDims; ++i) q[i] = 32 * i + lane < hd ? __ldcg(p.q + row + 32 * i + lane) * p.scale : 0;
-  for (int j = warp; j < length; j += kWarps) {
+  for (int j = warp; j < length; j += kPlainWarps) {
     float s = 0;
 #pragma unroll
     for (int i = 0; i < kDims; ++i)
@@ -272,61 +334,63 @@ __global__ void __launch_bounds__(kWarps * 32) attention_plain_kernel(const __gr
       if (32 * i + lane < hd)
         o[i] = o[i] * shrink + weight * load(p.kv.v, p.kv.type, base + int64_t(j) * width + 32 * i + lane);
   }
-  const Partials part = partials(shared, 1, hd);
-  if (lane == 0) {
-    part.m[warp * kMaxHeads] = m;
-    part.l[warp * kMaxHeads] = l;
-  }
+  if (lane == 0) partials.m[warp][0] = m, partials.l[warp][0] = l;
 #pragma unroll
   for (int i = 0; i < kDims; ++i)
-    if (32 * i + lane < hd) part.o[warp * hd + 32 * i + lane] = o[i];
-  combine(part, p.y + row, 1, hd, 0, 1);
+    if (32 * i + lane < hd) o_warps[warp][32 * i + lane] = o[i];
+  combine<kPlainWarps>(p, partials, [&](int w) { return o_warps[w]; }, row, 1, 0, 1);
 }
 
 template <int kChunks>
-void launch_mma(const Params& p, int cluster, int tokens, int heads, bool pdl, cudaStream_t stream) {
+void launch_mma(const Params& p, int parts, int tokens, bool pdl, cudaStream_t stream) {
+  using R = Ring<kChunks>;
   launch("attention_decode", attention_mma_kernel<kChunks>,
-         dim3(unsigned(cluster), unsigned(p.kv_heads * p.head_blocks), unsigned(tokens)), kWarps * 32,
-         size_t(shared_bytes(heads, p.head_dim)), cluster, pdl, stream, p);
+         dim3(unsigned(parts), unsigned(p.kv_heads * p.head_blocks), unsigned(tokens)), R::kWarps * 32,
+         R::kWarps * R::kBytes + sizeof(Partials<R::kWarps>), 1, pdl, stream, p);
 }
+
+constexpr int kPartTiles = 16;  // a part has this many tiles or more
+constexpr int kFill = 2;        // blocks for each multiprocessor, at most, where there are parts
+constexpr size_t kPartBytes = (2 * kMaxHeads + kMaxHeads * kMaxDim) * sizeof(float);
 
 }  // namespace
 
-int attention_decode_cluster(int64_t rows, int64_t longest, bool clusters) {
-  int n = 1;
-  while (clusters && n < kMaxCluster && rows * n < 96 && longest > n * kWarps * kTile) n *= 2;
-  return n;
+int attention_decode_parts(int64_t rows, int64_t longest, int multiprocessors) {
+  const int64_t tiles = ceil_div(longest, int64_t(kTile));
+  return int(std::clamp<int64_t>(std::min(kFill * multiprocessors / rows, tiles / kPartTiles), 1, kMaxParts));
+}
+
+size_t attention_decode_scratch_bytes(int multiprocessors) {
+  return kAttentionDecodeCounters + size_t(kFill * multiprocessors) * kPartBytes;
 }
 
 void attention_decode_cuda(const AttentionDecodeArgs& a, cudaStream_t stream, bool pdl) {
-  Params p{a.q, a.y, a.at, a.kv, int(a.heads), int(a.kv_heads), int(a.head_dim), 1, 0};
+  Params p{};
+  p.q = a.q, p.y = a.y, p.y_half = a.y_half, p.at = a.at, p.kv = a.kv;
+  p.heads = int(a.heads), p.kv_heads = int(a.kv_heads), p.head_dim = int(a.head_dim), p.head_blocks = 1;
+  p.fresh = int(a.fresh);
   p.scale = kLog2e / std::sqrt(float(a.head_dim));
   if (a.kv.type == KvType::kF32 || a.head_dim % 8 != 0) {
-    launch("attention_decode", attention_plain_kernel, dim3(1, unsigned(a.heads), unsigned(a.tokens)),
-           kWarps * 32, size_t(shared_bytes(1, p.head_dim)), 1, pdl, stream, p);
+    launch("attention_decode", attention_plain_kernel, dim3(1, unsigned(a.heads), unsigned(a.tokens)), kPlainWarps * 32, 0,
+           1, pdl, stream, p);
     return;
   }
-  const int group = p.heads / p.kv_heads, heads = std::min(group, kMaxHeads);
-  p.head_blocks = (group + kMaxHeads - 1) / kMaxHeads;
-  const int cluster =
-      attention_decode_cluster(a.tokens * p.kv_heads * p.head_blocks, a.longest, device_facts().hopper);
-  const auto run = [&](auto chunks) {
-    launch_mma<decltype(chunks)::value>(p, cluster, int(a.tokens), heads, pdl, stream);
-  };
+  p.head_blocks = int(ceil_div(a.heads / a.kv_heads, int64_t(kMaxHeads)));
+  const int multiprocessors = device_facts().multiprocessors;
+  const int parts = attention_decode_parts(a.tokens * p.kv_heads * p.head_blocks, a.longest, multiprocessors);
+  p.part_tiles = kPartTiles;
+  p.counters = reinterpret_cast<unsigned*>(a.scratch);
+  p.unfinished = reinterpret_cast<float2*>(a.scratch + kAttentionDecodeCounters);
+  p.sums = reinterpret_cast<float*>(p.unfinished + kFill * multiprocessors * kMaxHeads);
+  const auto run = [&](auto chunks) { launch_mma<decltype(chunks)::value>(p, parts, int(a.tokens), pdl, stream); };
   switch ((p.head_dim + 31) / 32) {
-    case 1:
-      return run(std::integral_constant<int, 1>{});
-    case 2:
-      return run(std::integral_constant<int, 2>{});
-    case 3:
-      return run(std::integral_constant<int, 3>{});
-    case 4:
-      return run(std::integral_constant<int, 4>{});
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    case 3: return run(std::integral_constant<int, 3>{});
+    case 4: return run(std::integral_constant<int, 4>{});
     case 5:
-    case 6:
-      return run(std::integral_constant<int, 6>{});
-    default:
-      return run(std::integral_constant<int, 8>{});
+    case 6: return run(std::integral_constant<int, 6>{});
+    default: return run(std::integral_constant<int, 8>{});
   }
 }
 

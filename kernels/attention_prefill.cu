@@ -8,34 +8,14 @@
 
 #include "kernels/attention_prefill.h"
 #include "kernels/attention_prefill_sm90.cuh"
-#include "kernels/decode_ptx.cuh"
 #include "kernels/pdl.cuh"
+#include "kernels/shared_halves.cuh"
 
 namespace q4s {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * 32, kQueries = kWarps * 16, kKeys = 64;
 constexpr float kLog2e = 1.4426950408889634f;
-
-// Four 8x8 matrices of halves, rows at the addresses of lanes 0-7, 8-15, 16-23, 24-31.
-template <bool kTranspose>
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
-  if (kTranspose)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)));
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)));
-}
-
-// 16 bytes, global to shared; zeros where `there` is false.
-__device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(there ? 16 : 0)
-               : "memory");
-}
 
 // A tile (kKeys, kHd) of halves: 16-byte pieces of a row are permuted by its number, so that eight rows read
 // at one column meet eight different banks.
@@ -58,8 +38,8 @@ __device__ void fetch(Stage<kHd>& to, const __half* k, const __half* v, int64_t 
     const int row = i / kPieces, p = i % kPieces;
     const bool there = first + row < end && p * 8 < hd;
     const int64_t at = there ? (first + row) * width + p * 8 : 0;
-    copy_or_zero(to.k.piece(row, p), k + at, there);
-    copy_or_zero(to.v.piece(row, p), v + at, there);
+    copy_or_zero(shared_address(to.k.piece(row, p)), k + at, there);
+    copy_or_zero(shared_address(to.v.piece(row, p)), v + at, there);
   }
   copy_commit();
 }
@@ -134,7 +114,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_prefill_kernel(Attentio
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t b[4];
-          load_matrices<false>(b, stage.k.piece(n * 16 + lane / 16 * 8 + lane % 8, c * 2 + lane / 8 % 2));
+          load_matrices<false>(
+              b, shared_address(stage.k.piece(n * 16 + lane / 16 * 8 + lane % 8, c * 2 + lane / 8 % 2)));
           mma_16816(p[2 * n], q[c], b[0], b[1]);
           mma_16816(p[2 * n + 1], q[c], b[2], b[3]);
         }
@@ -181,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_prefill_kernel(Attentio
 #pragma unroll
         for (int d = 0; d < kHd / 16; ++d) {
           uint32_t b[4];
-          load_matrices<true>(b, stage.v.piece(n * 16 + lane / 8 % 2 * 8 + lane % 8, d * 2 + lane / 16));
+          load_matrices<true>(
+              b, shared_address(stage.v.piece(n * 16 + lane / 8 % 2 * 8 + lane % 8, d * 2 + lane / 16)));
           mma_16816(o[2 * d], w, b[0], b[1]);
           mma_16816(o[2 * d + 1], w, b[2], b[3]);
         }

@@ -5,6 +5,7 @@
 #include "kernels/convert.h"
 #include "kernels/cuda_check.h"
 #include "kernels/linear.h"
+#include "kernels/rms_norm.h"
 
 namespace q4s {
 namespace {
@@ -61,27 +62,50 @@ size_t DenseCuda::scratch_bytes(const DeviceMatrix& m, int64_t tokens) {
   return kWorkspace + operands * aligned(operand) + aligned(panel);
 }
 
+void DenseCuda::product_f16(const void* x, const DeviceMatrix& w, const float* residual, float* y, int64_t tokens,
+                            std::byte* panel) {
+  const int64_t n = w.view.n, k = w.view.k;
+  if (residual && residual != y) copy_cuda(residual, y, tokens * n, stream_);
+  const bool add = residual != nullptr;
+  if (!w.tiled) return library_->product(CUDA_R_16F, x, w.view.data, y, tokens, n, k, n, add);
+  for (int64_t i = 0; i < n; i += panel_rows(w.view)) {
+    const int64_t rows = std::min(panel_rows(w.view), n - i);
+    dequantize_rows_cuda(w, i, i + rows, panel, stream_);
+    library_->product(CUDA_R_16F, x, panel, y + i, tokens, rows, k, n, add);
+  }
+}
+
+void DenseCuda::norm_linear(const float* x, const float* gain, float eps, const DeviceMatrix& w, const float* residual,
+                            float* y, int64_t tokens, std::byte* scratch) {
+  if (tokens == 0) return;
+  const int64_t k = w.view.k;
+  check(cublasSetWorkspace(library_->handle, scratch, kWorkspace), "cublasSetWorkspace");
+  std::byte* operand = scratch + kWorkspace;
+  rms_norm_f16_cuda({x, gain, nullptr, tokens, k, eps}, operand, k, stream_);
+  product_f16(operand, w, residual, y, tokens, operand + aligned(tokens * k * 2));
+}
+
+void DenseCuda::linear_f16(const void* x, const DeviceMatrix& w, const float* residual, float* y, int64_t tokens,
+                           std::byte* scratch) {
+  if (tokens == 0) return;
+  check(cublasSetWorkspace(library_->handle, scratch, kWorkspace), "cublasSetWorkspace");
+  product_f16(x, w, residual, y, tokens, scratch + kWorkspace + aligned(tokens * w.view.k * 2));
+}
+
 void DenseCuda::linear(const float* x, const DeviceMatrix& w, const float* residual, float* y, int64_t tokens,
                        std::byte* scratch) {
   if (tokens == 0) return;
   const int64_t n = w.view.n, k = w.view.k;
   check(cublasSetWorkspace(library_->handle, scratch, kWorkspace), "cublasSetWorkspace");
   std::byte* operand = scratch + kWorkspace;
+  if (multiplies_f16(w)) {
+    to_f16_cuda(x, tokens, k, operand, k, stream_);
+    return product_f16(operand, w, residual, y, tokens, operand + aligned(tokens * k * 2));
+  }
   if (residual && residual != y) copy_cuda(residual, y, tokens * n, stream_);
   const bool add = residual != nullptr;
-  if (w.tiled) {
-    std::byte* panel = operand + aligned(tokens * k * 2);
-    to_f16_cuda(x, tokens, k, operand, k, stream_);
-    for (int64_t i = 0; i < n; i += panel_rows(w.view)) {
-      const int64_t rows = std::min(panel_rows(w.view), n - i);
-      dequantize_rows_cuda(w, i, i + rows, panel, stream_);
-      library_->product(CUDA_R_16F, operand, panel, y + i, tokens, rows, k, n, add);
-    }
-  } else if (w.view.format == Format::kF32) {
+  if (w.view.format == Format::kF32) {
     library_->product(CUDA_R_32F, x, w.view.data, y, tokens, n, k, n, add);
-  } else if (w.view.format == Format::kF16) {
-    to_f16_cuda(x, tokens, k, operand, k, stream_);
-    library_->product(CUDA_R_16F, operand, w.view.data, y, tokens, n, k, n, add);
   } else {
     std::byte* low = operand + aligned(tokens * k * 2);
     to_bf16_pair_cuda(x, tokens, k, operand, low, stream_);

@@ -13,5 +13,7 @@ struct SwigluArgs {
 void swiglu_cpu(const SwigluArgs&, Part = {});  // the definition, in double
 void swiglu(const SwigluArgs&, Part = {});      // vectorised, within 7e-7 relative
 void swiglu_cuda(const SwigluArgs&, cudaStream_t);
+// The same stored as (T, F) fp16, the operand of a product; y unused.
+void swiglu_f16_cuda(const SwigluArgs&, void* y16, cudaStream_t);
 
 }  // namespace q4s

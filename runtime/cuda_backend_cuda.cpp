@@ -134,7 +134,8 @@ class CudaBackend final : public Backend {
 
   void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
            const Observer* observer) override {
-    const CudaStep step = step_of(counts, kv, scratch);
+    CudaStep step = step_of(counts, kv, scratch);
+    step.observed = observer != nullptr;
     if (!observer && counts.tokens <= kReplayTokens) {
       guarded("a step of " + std::to_string(counts.tokens) + " tokens", [&] { replay(g, step, nullptr); });
       return;

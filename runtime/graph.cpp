@@ -158,20 +158,36 @@ Tensor* Graph::find(std::string_view name) const {
 
 size_t Graph::plan() {
   const int last_step = int(nodes_.size());
-  std::unordered_map<const Tensor*, int> step;
-  std::vector<Lifetime> lives;
+  std::unordered_map<const Tensor*, int> step, last_use;
+  for (int i = 0; i < last_step; ++i)
+    for (const Tensor* s : nodes_[size_t(i)]->src)
+      if (s) last_use[s] = i;
+  std::vector<Lifetime> lives;  // of the memory that node i is in; empty where that is another's
+  std::vector<int> home;        // of node i: where its lifetime is
   for (int i = 0; i < last_step; ++i) {
-    const Tensor& t = *nodes_[i];
+    const Tensor& t = *nodes_[size_t(i)];
     step[&t] = i;
     const size_t bytes = size_t(max_.of(t.rows)) * size_t(t.cols) * 4;
     // Inputs are written before the first node runs.
     lives.push_back({bytes, t.op == Op::kInput ? 0 : i, t.op == Op::kInput || t.keep ? last_step : i});
-    for (const Tensor* s : t.src)
-      if (s) lives[step.at(s)].last = std::max(lives[step.at(s)].last, i);
+    home.push_back(i);
+    for (const Tensor* s : t.src) {
+      if (!s) continue;
+      Lifetime& life = lives[size_t(home[size_t(step.at(s))])];
+      life.last = std::max(life.last, i);
+    }
+    // A residual that nobody reads again becomes the sum.
+    const Tensor* residual = t.op == Op::kLinear && t.epilogue == Epilogue::kNone ? t.src[1] : nullptr;
+    if (!residual || residual->op == Op::kInput || residual->keep || last_use.at(residual) != i || t.src[0] == residual)
+      continue;
+    home.back() = home[size_t(step.at(residual))];
+    Lifetime& life = lives[size_t(home.back())];
+    life.last = std::max(life.last, lives.back().last);
+    lives.back() = {0, i, i};
   }
   const size_t bytes = plan_arena(lives);
   offsets_.clear();
-  for (const Lifetime& l : lives) offsets_.push_back(l.offset);
+  for (const int h : home) offsets_.push_back(lives[size_t(h)].offset);
   return bytes;
 }
 

@@ -17,9 +17,10 @@ namespace {
 
 size_t aligned(int64_t bytes) { return size_t(round_up(bytes, int64_t(kArenaAlign))); }
 
-// Of split products: at most one part of the largest tile for each multiprocessor, and the counters.
+// Of split products: at most one part of the largest tile for each multiprocessor, and the counters. Of split attention.
 size_t workspace_bytes(int multiprocessors) {
-  return 4096 + size_t(multiprocessors) * 128 * 256 * sizeof(float);
+  return std::max(4096 + size_t(multiprocessors) * 128 * 256 * sizeof(float),
+                  attention_decode_scratch_bytes(multiprocessors));
 }
 
 // Whether the rows of w are packed as a kernel with this epilogue needs them.
@@ -95,16 +96,25 @@ bool tiled_attention(const HeadShape& h, const Counts& counts, const KvLayer& kv
   return counts.tokens > kLinearDecodeTokens && !counts.apart && attention_prefill_supported(kv, h.head_dim);
 }
 
+// Whether it goes token by token, each over its own part of the cache.
+bool decode_attention(const HeadShape& h, const Counts& counts) {
+  return (counts.tokens <= kLinearDecodeTokens || counts.apart) && h.head_dim <= 256;
+}
+
 // Whether this step stores t as fp16, (rows, cols) in the first half of its memory: what the one product that
 // reads it wants. Between gate|up and down, and between attention and o.
 bool stored_half(const Tensor& t, const CudaStep& s) {
+  if (s.observed || t.keep || t.readers != 1 || t.cols % kQ4TileCols != 0) return false;
+  const Tensor& reader = *t.reader;
+  if (reader.op != Op::kLinear || reader.gain || reader.epilogue != Epilogue::kNone || reader.src[0] != &t) return false;
   const int64_t rows = s.counts.of(t.rows);
-  const bool made = t.op == Op::kLinear
-                        ? t.epilogue == Epilogue::kSwiglu && many(on_device(*t.weight), t.epilogue, rows)
-                        : t.op == Op::kAttention && tiled_attention(t.head, s.counts, s.kv.layer(0));
-  return made && t.cols % kQ4TileCols == 0 && !t.keep && t.readers == 1 && t.reader->op == Op::kLinear &&
-         !t.reader->gain && t.reader->src[0] == &t &&
-         many(on_device(*t.reader->weight), t.reader->epilogue, rows);
+  const DeviceMatrix& w = on_device(*reader.weight);
+  if (few(w, Epilogue::kNone, rows) || !(many(w, Epilogue::kNone, rows) || DenseCuda::multiplies_f16(w))) return false;
+  if (t.op == Op::kLinear) return t.epilogue == Epilogue::kSwiglu && !few(on_device(*t.weight), t.epilogue, rows);
+  if (t.op != Op::kAttention) return false;
+  const KvLayer kv = s.kv.layer(0);
+  return tiled_attention(t.head, s.counts, kv) ||
+         (decode_attention(t.head, s.counts) && kv.type == KvType::kF16 && t.head.head_dim % 8 == 0);
 }
 
 // A linear with this epilogue in one kernel for few tokens, its largest number at a time; false where it
@@ -161,7 +171,7 @@ bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, floa
              : epilogue == Epilogue::kSwiglu ? Q4GemmOutput::kSwiglu
                                              : Q4GemmOutput::kRopeKv;
   a.y = y;
-  a.y_half = stored_half(t, s);
+  a.y_half = epilogue == t.epilogue && stored_half(t, s);
   a.y_pitch = epilogue == Epilogue::kNone ? w.view.n : t.cols;
   a.residual = residual;
   if (epilogue == Epilogue::kRopeKv) {
@@ -192,13 +202,18 @@ void run_linear(Tensor& t, const CudaStep& s) {
   if (!linear_few(t, Epilogue::kNone, residual, product, s) &&
       !linear_many(t, Epilogue::kNone, residual, product, s)) {
     const float* x = t.src[0]->f32();
-    if (t.gain) {
-      rms_norm_cuda({x, vector_of(*t.gain), norm, rows, w.view.k, t.eps}, s.stream);
-      x = norm;
+    if (stored_half(*t.src[0], s)) {
+      s.dense.linear_f16(x, w, residual, product, rows, s.scratch + at.rest);
+    } else if (t.gain && DenseCuda::multiplies_f16(w)) {
+      s.dense.norm_linear(x, vector_of(*t.gain), t.eps, w, residual, product, rows, s.scratch + at.rest);
+    } else {
+      if (t.gain) rms_norm_cuda({x, vector_of(*t.gain), norm, rows, w.view.k, t.eps}, s.stream);
+      s.dense.linear(t.gain ? norm : x, w, residual, product, rows, s.scratch + at.rest);
     }
-    s.dense.linear(x, w, residual, product, rows, s.scratch + at.rest);
   }
-  if (t.epilogue == Epilogue::kSwiglu)
+  if (t.epilogue == Epilogue::kSwiglu && stored_half(t, s))
+    swiglu_f16_cuda({product, nullptr, rows, t.cols}, t.data, s.stream);
+  else if (t.epilogue == Epilogue::kSwiglu)
     swiglu_cuda({product, t.f32(), rows, t.cols}, s.stream);
   else if (t.epilogue == Epilogue::kRopeKv)
     rope_kv(t, product, *t.weight2, t.f32(), s);
@@ -215,9 +230,9 @@ void run_attention(Tensor& t, const CudaStep& s) {
     attention_prefill_cuda(
         {t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim},
         s.stream);
-  else if ((rows <= kLinearDecodeTokens || s.counts.apart) && h.head_dim <= 256)
-    attention_decode_cuda({t.src[0]->f32(), at, kv, t.f32(), rows, h.heads, h.kv_heads, h.head_dim,
-                           s.counts.reach ? s.counts.reach : s.kv.ctx},
+  else if (decode_attention(h, s.counts))
+    attention_decode_cuda({t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim,
+                           s.counts.reach ? s.counts.reach : s.kv.ctx, s.counts.apart ? 1 : rows, s.scratch},
                           s.stream, true);
   else
     attention_reference_cuda(

@@ -14,6 +14,7 @@ struct CudaStep {
   DenseCuda& dense;
   int multiprocessors;
   bool hopper;
+  bool observed = false;  // someone reads results between nodes: they are all f32
 };
 
 // Bytes of scratch that any node of g needs.

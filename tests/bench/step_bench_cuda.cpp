@@ -1,7 +1,7 @@
 // What a decoding step is made of: the graph of a whole step with random weights, then the same with parts left out, in
 // microseconds. A part costs what its absence saves; "alone" is a graph of nothing but it.
-//   step_bench_cuda SHAPE [DEPTH[xBATCH]...]    default: 7b 0
-// SHAPE: a shape of llama-bench, or smollm2-135m.
+//   step_bench_cuda [SHAPE[:f16] [DEPTH[xBATCH]...]]    default: llama-2-7b 0
+// SHAPE: a shape of llama-bench, or smollm2-135m; in int4 with an 8-bit head, or all fp16.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -30,7 +30,7 @@ LlamaConfig config_of(const std::string& name) {
 
 class Step {
  public:
-  Step(LlamaModel& model, Backend& backend, int64_t depth, int64_t rows)
+  Step(LlamaModel& model, int64_t depth, int64_t rows, cudaStream_t stream)
       : config_(model.config),
         depth_(depth),
         rows_(rows),
@@ -38,7 +38,7 @@ class Step {
         graph_({rows, rows}),
         logits_(&build_llama(graph_, model.config, model.weights, in_, {0, model.config.layers}, true)),
         arena_(graph_.plan()),
-        dense_(cuda_stream(backend)) {
+        dense_(stream) {
     cudaDeviceProp p;
     cuda_check(cudaGetDeviceProperties(&p, 0), "properties");
     multiprocessors_ = p.multiProcessorCount, hopper_ = p.major == 9;
@@ -100,9 +100,9 @@ class Step {
   DeviceBuffer<int32_t> token_, position_, drawn_;
 };
 
-void bench(LlamaModel& model, Backend& backend, int64_t depth, int64_t rows, double read, Timer& timer) {
+void bench(LlamaModel& model, int64_t depth, int64_t rows, double read, Timer& timer) {
   constexpr int kSteps = 8;  // to a graph: what lies between two graphs is not looked at
-  Step step(model, backend, depth, rows);
+  Step step(model, depth, rows, timer.stream());
   const auto time = [&](unsigned parts) {
     return timer.microseconds(
                [&](cudaStream_t s) {
@@ -138,17 +138,19 @@ int main(int argc, char** argv) {
     std::printf("SKIPPED: no GPU\n");
     return 0;
   }
-  const std::string shape = argc > 1 ? argv[1] : "llama-2-7b";
+  const std::string name = argc > 1 ? argv[1] : "llama-2-7b", shape = name.substr(0, name.find(':'));
+  const bool half = name != shape;
   const std::unique_ptr<Backend> backend = make_cuda_backend(0);
-  LlamaModel model = random_llama(config_of(shape), 1, Format::kQ4, 64 * (2 - (shape == "smollm2-135m")), Format::kQ8);
+  LlamaModel model = random_llama(config_of(shape), 1, half ? Format::kF16 : Format::kQ4,
+                                  shape == "smollm2-135m" ? 64 : 128, half ? Format::kF16 : Format::kQ8);
   model.config.context = 1 << 17;
   fill_rope(model, 1 << 15);
   backend->load(all_weights(model.weights));
   Timer timer;
-  std::printf("%s, %s, read speed %.0f GB/s\n", shape.c_str(), p.name, backend->read_bandwidth() / 1e9);
+  std::printf("%s, %s, read speed %.0f GB/s\n", name.c_str(), p.name, backend->read_bandwidth() / 1e9);
   for (int i = 2; i < std::max(argc, 3); ++i) {
     const char* at = i < argc ? argv[i] : "0";
     const char* batch = std::strchr(at, 'x');
-    bench(model, *backend, std::atoll(at), batch ? std::atoll(batch + 1) : 1, backend->read_bandwidth(), timer);
+    bench(model, std::atoll(at), batch ? std::atoll(batch + 1) : 1, backend->read_bandwidth(), timer);
   }
 }
