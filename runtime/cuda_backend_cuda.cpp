@@ -135,7 +135,7 @@ class CudaBackend final : public Backend {
   void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
            const Observer* observer) override {
     CudaStep step = step_of(counts, kv, scratch);
-    step.observed = observer != nullptr;
+    step.observed = observer && *observer;
     if (!observer && counts.tokens <= kReplayTokens) {
       guarded("a step of " + std::to_string(counts.tokens) + " tokens", [&] { replay(g, step, nullptr); });
       return;
