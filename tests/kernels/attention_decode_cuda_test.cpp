@@ -106,13 +106,13 @@ void check(const Case& c) {
     REQUIRE(error <= size * (c.type == KvType::kF32 ? 1e-11 : 1e-6));
   }
   if (c.type == KvType::kF32 || c.head_dim % 8 != 0) return;
-  DeviceGuarded<uint16_t> half(int64_t(q.size()));
-  a.y = half.data(), a.y_half = true;
+  DeviceGuarded<uint16_t> dy_half(int64_t(q.size()));
+  a.y = dy_half.data(), a.y_half = true;
   attention_decode_cuda(a, nullptr, true);
   cuda_check(cudaDeviceSynchronize(), "attention_decode");
   std::vector<uint16_t> rounded;
   for (const float v : first) rounded.push_back(float_to_half(v));
-  REQUIRE(half.get() == rounded);
+  REQUIRE(dy_half.get() == rounded);
 }
 
 }  // namespace
