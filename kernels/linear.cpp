@@ -13,18 +13,22 @@ constexpr int64_t kGrain = 32;  // rows; a multiple of what any kernel takes at 
 
 int64_t row_scratch(const WeightView& w) { return round_up(w.k * 4, 64); }
 
+bool exact_activations = false;
+
 enum class Path { kDot, kVector, kMatrix, kDense };
 
-// By shape only, never by the number of threads.
+// By shape and the setting only, never by the number of threads.
 Path path_of(const WeightView& w, int64_t tokens) {
   constexpr int64_t kFew = 4;
   const bool ours = w.format == Format::kQ4 || w.format == Format::kQ8;
   const bool groups = w.group == 32 || w.group == 64 || w.group % 128 == 0 || w.group >= w.k;
-  if (ours && groups) return tokens <= kFew ? Path::kVector : Path::kMatrix;
+  if (ours && groups && !exact_activations) return tokens <= kFew ? Path::kVector : Path::kMatrix;
   return tokens <= kFew ? Path::kDot : Path::kDense;
 }
 
 }  // namespace
+
+void set_exact_activations(bool exact) { exact_activations = exact; }
 
 void linear_cpu(const LinearArgs& a, Part part) {
   const int64_t n = a.w.n, k = a.w.k;

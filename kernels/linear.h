@@ -26,6 +26,10 @@ struct LinearArgs {
 
 void linear_cpu(const LinearArgs&, Part = {});  // the definition
 
+// Whether kQ4 and kQ8 keep f32 activations too, as the unquantised formats do: slower, and as exact as the GPU's products.
+// For a whole process, set before anything is computed; off at first.
+void set_exact_activations(bool);
+
 size_t linear_scratch_bytes(const WeightView&, int64_t tokens, int threads);  // also enough for fewer tokens
 void linear_prepare(const LinearArgs&, Part = {});  // no-op where linear() reads x itself
 void linear(const LinearArgs&, Part = {});

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <nlohmann/json.hpp>
 
+#include "kernels/linear.h"
 #include "models/perplexity.h"
 #include "runtime/checksum.h"
 #include "runtime/cli.h"
@@ -37,9 +38,12 @@ int run(int argc, char** argv) {
               "tokens of a window; 0: the protocol's, or the model's context if smaller");
   cli.integer("chunks", 0, 0, 1 << 30, "windows at most; 0: all");
   cli.text("kl-ref", "MODEL", "", "also KL divergence and top-1 agreement against this model");
+  cli.flag("exact", "on a CPU: f32 activations, not int8; slower, and what a GPU computes");
   cli.flag("json", "one JSON document on stdout");
   cli.device_options();
   if (!cli.parse(argc, argv)) return 0;
+
+  set_exact_activations(cli.on("exact"));
 
   const auto start = std::chrono::steady_clock::now();
   LlamaModel model = open_llama(cli.get("MODEL"));

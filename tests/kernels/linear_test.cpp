@@ -199,6 +199,25 @@ TEST_CASE("linear: groups that int8 activations do not serve are unpacked") {
   });
 }
 
+TEST_CASE("linear: exact activations") {
+  set_exact_activations(true);
+  on_every_level([] {
+    for (Format format : {Format::kQ4, Format::kQ8})
+      for (int64_t tokens : {1, 6, 40}) {
+        const int64_t n = 37, k = 256;
+        Weights w(format, n, k, 128, Grid::kInt, 4);
+        Guarded<float> x(tokens * k), want(tokens * n), y(tokens * n);
+        fill_normal(x.span(), 1);
+        LinearArgs a{x.data(), w.view, nullptr, want.data(), tokens, nullptr};
+        linear_cpu(a);
+        a.y = y.data();
+        run(a, 2);
+        for (int64_t i = 0; i < y.size(); ++i) REQUIRE(std::abs(y[i] - want[i]) <= 1e-5f * (1 + std::abs(want[i])));
+      }
+  });
+  set_exact_activations(false);
+}
+
 TEST_CASE("linear: extreme codes do not overflow the integer sums") {
   on_every_level([] {
     for (int64_t tokens : {1, 16})
