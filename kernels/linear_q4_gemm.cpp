@@ -13,7 +13,7 @@ constexpr size_t kFlagBytes = 4096;  // head of the workspace: one flag per part
 constexpr int64_t kBandBytes = 24 << 20;  // activations that should stay in L2 while all rows pass
 
 // Microseconds of one H100, its constants fitted to a sweep over all tiles and cuts of the 7B shapes, 16 to 8192 tokens
-// (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 15 % of the best.
+// (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 6 % of the best.
 struct Bytes {  // of one unit of K and one tile
   double weights, activations;
   explicit Bytes(const Q4GemmTile& t)
@@ -25,12 +25,12 @@ double stream_us(const Q4GemmConfig& c, int multiprocessors) {
   const Bytes bytes(t);
   const double tile = t.rows * t.columns / 32768.0;  // of the largest
   const double busy = std::min(1.0, double(c.clusters) * c.cluster / multiprocessors);
-  const double unit = std::max({tile * 1.228 + 0.105, (bytes.weights + bytes.activations) * busy / 49100, 0.756});
-  const double store = 10.0 * tile;
-  double us = 6.1 + double(ceil_div(c.whole, c.clusters)) * (unit * c.k_blocks + store);
+  const double unit = std::max(tile * 1.33 + 0.043, (bytes.weights + bytes.activations) * busy / 49100);
+  const double store = 10.2 * tile;
+  double us = 4.0 + double(ceil_div(c.whole, c.clusters)) * (unit * c.k_blocks + store);
   if (c.streamed)
-    us += double(c.streamed) * c.k_blocks / c.clusters * unit + store + 4.9 +
-          1.32 * tile * std::max(1.0, double(c.clusters) / c.streamed);
+    us += double(c.streamed) * c.k_blocks / c.clusters * unit + store + 2.3 +
+          0.8 * tile * std::max(1.0, double(c.clusters) / c.streamed);
   return us;
 }
 
@@ -45,13 +45,13 @@ double split_us(const Q4GemmConfig& c, int multiprocessors) {
                                         : std::max<int64_t>(1, 16 * per_multiprocessor / c.splits * (multiprocessors / 16));
   const auto wave = [&](int64_t count) {
     const double blocks = double(count) * c.splits / multiprocessors;
-    const double unit = std::max({rows * (0.395 + 0.182 * columns), std::ceil(blocks) * rows * (0.245 + 0.174 * columns),
-                                  bytes.weights * blocks / c.column_blocks / 22300,
-                                  (bytes.weights + bytes.activations) * blocks / 46700});
+    const double unit = std::max({rows * (0.410 + 0.177 * columns), std::ceil(blocks) * rows * (0.252 + 0.161 * columns),
+                                  bytes.weights * blocks / c.column_blocks / 25200,
+                                  (bytes.weights + bytes.activations) * blocks / 50900});
     return double(ceil_div(c.k_blocks, c.splits)) * unit;
   };
   const int64_t waves = clusters / at_once, rest = clusters % at_once;
-  return 5.8 + (c.splits > 1 ? 0.27 : 0) + 2.0 * rows * columns + double(waves) * (wave(at_once) + 5.45) + (rest ? wave(rest) : 0);
+  return 5.0 + (c.splits > 1 ? 0.37 : 0) + 0.85 * rows * columns + double(waves) * (wave(at_once) + 4.8) + (rest ? wave(rest) : 0);
 }
 
 }  // namespace
@@ -132,11 +132,14 @@ Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
       const Q4GemmConfig c = q4_gemm_config_stream(s, t, stream);
       consider(c, stream_us(c, s.multiprocessors));
     }
-  for (const Q4GemmTile& t : kQ4GemmSplitTiles)
+  for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
+    // For few tokens, in at most two columns of tiles: more of them read the activations too often.
+    if (s.tokens > 256 || (t.columns < 128 && 2 * t.columns < s.tokens)) continue;
     for (int splits = 1; splits <= kQ4GemmMostSplits; ++splits) {
       const Q4GemmConfig c = q4_gemm_config_split(s, t, splits);
       consider(c, split_us(c, s.multiprocessors));
     }
+  }
   return best;
 }
 

@@ -50,7 +50,7 @@ struct Q4GemmConfig {
 struct Q4GemmTile {
   int rows, columns, cluster;
 };
-constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {128, 256, 1}, {128, 256, 2}};
+constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {128, 256, 2}};
 constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {256, 32, 1}, {128, 64, 1}, {128, 128, 1}, {256, 128, 1}};
 constexpr int kQ4GemmMostSplits = 8;  // blocks of a cluster
 

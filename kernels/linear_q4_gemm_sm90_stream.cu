@@ -237,7 +237,6 @@ void q4_gemm_stream_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_
     return c.rows == rows && c.columns == columns && c.cluster == cluster;
   };
   if (is(128, 128, 1)) return start<Tile<128, 128, 1>>(a, c, stream);
-  if (is(128, 256, 1)) return start<Tile<128, 256, 1>>(a, c, stream);
   if (is(128, 256, 2)) return start<Tile<128, 256, 2>>(a, c, stream);
   throw std::runtime_error("q4_gemm: no streaming kernel for this tile");
 }
