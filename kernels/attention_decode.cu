@@ -1,10 +1,13 @@
-// attention_decode.h. A block takes a part of the cache for a token and up to 8 query heads of one kv head; its warps
-// take tiles of 16 positions in turn, each through a ring in shared memory of its own and with its own online softmax.
+// attention_decode.h. A block takes a part of the cache for a token and up to 8 query heads of one kv head;
+// its warps take tiles of 16 positions in turn, each through a ring in shared memory of its own and with its
+// own online softmax.
 //
 // Both products run on mma.m16n8k16 with the heads as columns:
 //   S^T (16 positions, 8 heads) = K (16, hd) Q^T        K by ldmatrix
-//   O^T (hd, 8 heads)           = V^T (hd, 16) P^T      V by a transposing ldmatrix, P^T by movmatrix from S^T
-// The warps' results meet in shared memory, the blocks' in scratch, where the last block to end adds them in order.
+//   O^T (hd, 8 heads)           = V^T (hd, 16) P^T      V by a transposing ldmatrix, P^T by movmatrix from
+//   S^T
+// The warps' results meet in shared memory, the blocks' in scratch, where the last block to end adds them in
+// order.
 //
 // Rows of earlier steps are asked for before the predecessor has ended.
 //
@@ -14,133 +17,41 @@
 #include <cmath>
 
 #include "kernels/attention_decode.h"
+#include "kernels/attention_decode_combine.cuh"
 #include "kernels/pdl.cuh"
 #include "kernels/shared_halves.cuh"
 
 namespace q4s {
 namespace {
 
-constexpr int kTile = 16, kMaxHeads = 8, kMaxDim = 256, kMaxParts = 16, kPlainWarps = 4;
+constexpr int kTile = 16, kPlainWarps = 4;
 constexpr float kLog2e = 1.4426950408889634f;
 
-struct Params {
-  const float* q;  // (T, H * hd)
-  void* y;         // (T, H * hd)
-  bool y_half;
-  Placement at;
-  KvLayer kv;
-  int heads, kv_heads, head_dim;
-  int head_blocks;     // blocks of 8 query heads to one kv head
-  int fresh;           // newest rows of a sequence that the predecessor may write
-  int part_tiles;      // least tiles of a part
-  float scale;         // log2(e) / sqrt(hd)
-  unsigned* counters;  // (rows) of T * kv_heads * head_blocks, zero between launches
-  float2* unfinished;  // (rows, parts, 8) largest logit of a head and sum of weights
-  float* sums;         // (rows, parts, 8 * hd) weighted sums of values
-};
+using Params = AttentionDecodeParams;
+template <int kWarps>
+using Partials = AttentionDecodePartials<kWarps>;
 
-// The ring of a warp: planes of K and V of a tile in turn. kChunks: head_dim in units of 32, rounded up. Pieces of 16
-// bytes of a row are permuted by its number, or rows are padded, so that eight rows meet eight different banks.
+// The ring of a warp: planes of K and V of a tile in turn. kChunks: head_dim in units of 32, rounded up.
+// Pieces of 16 bytes of a row are permuted by its number, or rows are padded, so that eight rows meet eight
+// different banks.
 template <int kChunks>
 struct Ring {
-  static constexpr int kWarps = kChunks <= 2 ? 8 : 4;  // of a block: two of whose rings fit a multiprocessor, or nearly so
+  static constexpr int kWarps =
+      kChunks <= 2 ? 8 : 4;  // of a block: two of whose rings fit a multiprocessor, or nearly so
   static constexpr int kSlots = kChunks > 4 ? 3 : kChunks == 2 ? 4 : 6;
   static constexpr int kDims = 32 * kChunks, kPieces = kDims / 8;
   static constexpr bool kPermuted = kChunks % 2 == 0;
   static constexpr int kPitch = kDims * 2 + (kPermuted ? 0 : 16), kPlane = kTile * kPitch;
   static constexpr int kBytes = kSlots * kPlane;
 
-  __device__ static uint32_t piece(int row, int i) { return row * kPitch + (kPermuted ? i ^ (row & 7) : i) * 16; }
+  __device__ static uint32_t piece(int row, int i) {
+    return row * kPitch + (kPermuted ? i ^ (row & 7) : i) * 16;
+  }
   // From the address of piece 0 or 1 of a row to that of 2c on.
   __device__ static uint32_t step(uint32_t at, int c) {
     return kPermuted ? (at ^ (c % 4 * 32)) + c / 4 * 128 : at + c * 32;
   }
 };
-
-// Of the warps of a block, behind their rings.
-template <int kWarps>
-struct Partials {
-  float m[kWarps][kMaxHeads], l[kWarps][kMaxHeads];
-  bool last;
-};
-
-// Counts arrivals from 0 to `most` and back to 0. The last one sees what the others wrote.
-__device__ inline bool is_last(unsigned* counter, unsigned most) {
-  unsigned before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(most) : "memory");
-  return before == most;
-}
-
-__device__ inline void store(const Params& p, int64_t i, float v) {
-  if (p.y_half)
-    static_cast<__half*>(p.y)[i] = __float2half_rn(v);
-  else
-    static_cast<float*>(p.y)[i] = v;
-}
-
-__device__ inline float weight_of(float m, float top) { return m == -INFINITY ? 0.0f : exp2f(m - top); }
-
-// y, (heads, hd) from `y` on, from the parts' results, four values a thread and turn; all loads of a turn at once.
-template <int kThreads>
-__device__ void add_parts(const Params& p, int64_t first, int parts, int64_t y, int heads) {
-  const int hd = p.head_dim;
-  for (int i = 4 * int(threadIdx.x); i < heads * hd; i += 4 * kThreads) {
-    float2 ml[kMaxParts];
-    float4 v[kMaxParts];
-#pragma unroll
-    for (int b = 0; b < kMaxParts; ++b) {
-      ml[b] = make_float2(-INFINITY, 0);
-      v[b] = make_float4(0, 0, 0, 0);
-      if (b >= parts) continue;
-      ml[b] = __ldcg(p.unfinished + (first + b) * kMaxHeads + i / hd);
-      v[b] = __ldcg(reinterpret_cast<const float4*>(p.sums + (first + b) * kMaxHeads * hd + i));
-    }
-    float top = -INFINITY, total = 0;
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int b = 0; b < kMaxParts; ++b) top = fmaxf(top, ml[b].x);
-#pragma unroll
-    for (int b = 0; b < kMaxParts; ++b) {
-      const float weight = weight_of(ml[b].x, top);
-      total += weight * ml[b].y;
-      sum.x += weight * v[b].x, sum.y += weight * v[b].y, sum.z += weight * v[b].z, sum.w += weight * v[b].w;
-    }
-    store(p, y + i, sum.x / total), store(p, y + i + 1, sum.y / total);
-    store(p, y + i + 2, sum.z / total), store(p, y + i + 3, sum.w / total);
-  }
-}
-
-// Adds the warps' results and writes y, (heads, hd) from `y` on, or those of a part where there are several. o(w): sums of warp w,
-// (heads, hd). All threads of the block.
-template <int kWarps, typename Warp>
-__device__ void combine(const Params& p, Partials<kWarps>& s, const Warp& o, int64_t y, int heads, int part, int parts) {
-  const int hd = p.head_dim, row = int(blockIdx.z * gridDim.y + blockIdx.y);
-  const int64_t first = int64_t(row) * gridDim.x;
-  __syncthreads();
-  for (int i = int(threadIdx.x); i < heads * hd; i += kWarps * 32) {
-    const int h = i / hd;
-    float top = -INFINITY, sum = 0, total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.m[w][h]);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float weight = weight_of(s.m[w][h], top);
-      sum += weight * o(w)[i];
-      total += weight * s.l[w][h];
-    }
-    if (parts == 1) {
-      store(p, y + i, sum / total);
-    } else {
-      p.sums[(first + part) * kMaxHeads * hd + i] = sum;
-      if (i % hd == 0) p.unfinished[(first + part) * kMaxHeads + h] = make_float2(top, total);
-    }
-  }
-  if (parts == 1) return;
-  __syncthreads();
-  if (threadIdx.x == 0) s.last = is_last(p.counters + row, unsigned(parts - 1));
-  __syncthreads();
-  if (s.last) add_parts<kWarps * 32>(p, first, parts, y, heads);
-}
 
 template <int kChunks>
 __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 : 1)
@@ -164,8 +75,8 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
   const int end = part < parts ? int(int64_t(tiles) * (part + 1) / parts) : 0;
   int tile = part < parts ? int(int64_t(tiles) * part / parts) + warp : 0;
 
-  // Asks for plane n of the warp's tiles, K and V in turn, but for rows at positions in [without, length); rows from
-  // `length` on become zero.
+  // Asks for plane n of the warp's tiles, K and V in turn, but for rows at positions in [without, length);
+  // rows from `length` on become zero.
   const uint32_t ring = shared_address(shared) + warp * R::kBytes;
   const auto fill = [&](uint32_t to, int n, int without) {
     const int first = (tile + n / 2 * kWarps) * kTile;
@@ -176,7 +87,8 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
       const int i = lane + 32 * j, row = i / R::kPieces, piece = i % R::kPieces, position = first + row;
       const bool there = position < length && piece * 8 < hd;
       if (position < without || position >= length || piece * 8 >= hd)
-        copy_or_zero(to + R::piece(row, piece), there ? rows + int64_t(row) * width + piece * 8 : rows, there);
+        copy_or_zero(to + R::piece(row, piece), there ? rows + int64_t(row) * width + piece * 8 : rows,
+                     there);
     }
   };
 #pragma unroll 1
@@ -209,7 +121,8 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
       for (int i = lane; i < rows * R::kPieces; i += 32) {
         const int row = row0 + i / R::kPieces, piece = i % R::kPieces;
         if (piece * 8 < hd)
-          copy_or_zero(ring + n * R::kPlane + R::piece(row, piece), from + int64_t(row) * width + piece * 8, true);
+          copy_or_zero(ring + n * R::kPlane + R::piece(row, piece), from + int64_t(row) * width + piece * 8,
+                       true);
       }
     }
     copy_commit();
@@ -283,7 +196,9 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
     refill(kSlots + 1);
   }
 
-  const auto sums_of = [&](int w) { return reinterpret_cast<float*>(shared + w * R::kBytes); };  // rings are empty
+  const auto sums_of = [&](int w) {
+    return reinterpret_cast<float*>(shared + w * R::kBytes);
+  };  // rings are empty
   __syncwarp();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -301,8 +216,9 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
 }
 
 __device__ float load(const void* cache, KvType type, int64_t i) {
-  return type == KvType::kF32 ? __ldcg(static_cast<const float*>(cache) + i)
-                              : __half2float(__ushort_as_half(__ldcg(static_cast<const uint16_t*>(cache) + i)));
+  return type == KvType::kF32
+             ? __ldcg(static_cast<const float*>(cache) + i)
+             : __half2float(__ushort_as_half(__ldcg(static_cast<const uint16_t*>(cache) + i)));
 }
 
 // One head a block; a warp takes every fourth position, a lane every 32nd dim (head_dim <= 256).
@@ -338,7 +254,8 @@ __global__ void __launch_bounds__(kPlainWarps * 32) attention_plain_kernel(const
 #pragma unroll
   for (int i = 0; i < kDims; ++i)
     if (32 * i + lane < hd) o_warps[warp][32 * i + lane] = o[i];
-  combine<kPlainWarps>(p, partials, [&](int w) { return o_warps[w]; }, row, 1, 0, 1);
+  combine<kPlainWarps>(
+      p, partials, [&](int w) { return o_warps[w]; }, row, 1, 0, 1);
 }
 
 template <int kChunks>
@@ -371,8 +288,8 @@ void attention_decode_cuda(const AttentionDecodeArgs& a, cudaStream_t stream, bo
   p.fresh = int(a.fresh);
   p.scale = kLog2e / std::sqrt(float(a.head_dim));
   if (a.kv.type == KvType::kF32 || a.head_dim % 8 != 0) {
-    launch("attention_decode", attention_plain_kernel, dim3(1, unsigned(a.heads), unsigned(a.tokens)), kPlainWarps * 32, 0,
-           1, pdl, stream, p);
+    launch("attention_decode", attention_plain_kernel, dim3(1, unsigned(a.heads), unsigned(a.tokens)),
+           kPlainWarps * 32, 0, 1, pdl, stream, p);
     return;
   }
   p.head_blocks = int(ceil_div(a.heads / a.kv_heads, int64_t(kMaxHeads)));
@@ -382,7 +299,9 @@ void attention_decode_cuda(const AttentionDecodeArgs& a, cudaStream_t stream, bo
   p.counters = reinterpret_cast<unsigned*>(a.scratch);
   p.unfinished = reinterpret_cast<float2*>(a.scratch + kAttentionDecodeCounters);
   p.sums = reinterpret_cast<float*>(p.unfinished + kFill * multiprocessors * kMaxHeads);
-  const auto run = [&](auto chunks) { launch_mma<decltype(chunks)::value>(p, parts, int(a.tokens), pdl, stream); };
+  const auto run = [&](auto chunks) {
+    launch_mma<decltype(chunks)::value>(p, parts, int(a.tokens), pdl, stream);
+  };
   switch ((p.head_dim + 31) / 32) {
     case 1: return run(std::integral_constant<int, 1>{});
     case 2: return run(std::integral_constant<int, 2>{});

@@ -1,6 +1,6 @@
-// attention_prefill.h for any device of compute capability 8.0 and up, after FlashAttention-2 (Dao, 2023). A block takes 64 queries of one head, a warp 16 of
-// them; all walk the cache in tiles of 64 positions, copied asynchronously one tile ahead into swizzled
-// shared memory.
+// attention_prefill.h for any device of compute capability 8.0 and up, after FlashAttention-2 (Dao, 2023). A
+// block takes 64 queries of one head, a warp 16 of them; all walk the cache in tiles of 64 positions, copied
+// asynchronously one tile ahead into swizzled shared memory.
 //   S (16, 64) = Q K^T     Q in registers, K rows by ldmatrix
 //   O (16, hd) = P V       P is S's own registers, V rows by a transposing ldmatrix
 // Sums are f32; the order depends on the shapes alone.

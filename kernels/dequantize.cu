@@ -1,6 +1,7 @@
 // Rows of a weight in tiles as fp16, for the library's products: the oracle of the int4 kernels, and their
-// fallback. Rows in the file's order: a warp unpacks a tile as its lanes hold it and turns it in shared memory.
-// Other orders: a thread makes 16 neighbouring columns of a row, what four lanes hold of one step of a tile.
+// fallback. Rows in the file's order: a warp unpacks a tile as its lanes hold it and turns it in shared
+// memory. Other orders: a thread makes 16 neighbouring columns of a row, what four lanes hold of one step of
+// a tile.
 #include <cuda_fp16.h>
 
 #include "kernels/linear.h"
@@ -12,16 +13,19 @@ namespace {
 
 constexpr int kThreads = 128, kColumns = 16;
 
-constexpr int kTileThreads = 256, kPitch = kQ4TileCols + 8;  // pitch: in halves, so that rows meet different banks
+constexpr int kTileThreads = 256,
+              kPitch = kQ4TileCols + 8;  // pitch: in halves, so that rows meet different banks
 
 // Tile (blockIdx.y * warps + warp, first / 16 + blockIdx.x) of rows that are as in the file.
 template <int kBits>
-__global__ void __launch_bounds__(kTileThreads) dequantize_tile_kernel(DeviceMatrix m, int64_t first, int64_t end, __half* out) {
+__global__ void __launch_bounds__(kTileThreads)
+    dequantize_tile_kernel(DeviceMatrix m, int64_t first, int64_t end, __half* out) {
   __shared__ __align__(16) __half turned[kTileThreads / 32][kQ4TileRows][kPitch];
   pdl_trigger();
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
   const Q4Layout& l = m.tiles.layout;
-  const int64_t row0 = first + int64_t(blockIdx.x) * kQ4TileRows, k_tile = int64_t(blockIdx.y) * (kTileThreads / 32) + warp;
+  const int64_t row0 = first + int64_t(blockIdx.x) * kQ4TileRows,
+                k_tile = int64_t(blockIdx.y) * (kTileThreads / 32) + warp;
   pdl_wait();
   if (k_tile >= l.k_tiles()) return;
   constexpr int kLoads = kBits / 4;
@@ -38,14 +42,16 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_tile_kernel(DeviceMat
       float scale = 1;
       if (kBits != 16) {
         const int64_t group = min((k_tile * kQ4TileCols + 16 * step) / l.group, l.groups() - 1);
-        scale = __half2float(__ushort_as_half(m.tiles.scales[(n_tile * l.groups() + group) * kQ4TileRows + g + 8 * high]));
+        scale = __half2float(
+            __ushort_as_half(m.tiles.scales[(n_tile * l.groups() + group) * kQ4TileRows + g + 8 * high]));
       }
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {  // columns 2t and 2t + 1, then those 8 further on
         __half2 value;
         if constexpr (kBits == 4) {
           const uint32_t word = reinterpret_cast<const uint32_t*>(v)[step] >> (high + pair * 2) * 4;
-          value = __floats2half2_rn(scale * (float(word & 15) - offset), scale * (float(word >> 16 & 15) - offset));
+          value = __floats2half2_rn(scale * (float(word & 15) - offset),
+                                    scale * (float(word >> 16 & 15) - offset));
         } else if constexpr (kBits == 8) {
           const uint32_t word = reinterpret_cast<const uint32_t*>(v)[step * 2 + high] >> pair * 16;
           value = __floats2half2_rn(scale * float(int8_t(word)), scale * float(int8_t(word >> 8)));
@@ -91,13 +97,15 @@ __global__ void dequantize_kernel(DeviceMatrix m, int64_t first, __half* out) {
       const int column = 2 * t + i % 2 + i / 2 * 8;
       if (l.bits == 4) {
         const uint32_t word = reinterpret_cast<const uint32_t*>(codes)[(tile * 32 + lane) * 4 + step];
-        v[column] = __float2half_rn(scale * (float(word >> (high + i / 2 * 2 + i % 2 * 4) * 4 & 15) - offset));
+        v[column] =
+            __float2half_rn(scale * (float(word >> (high + i / 2 * 2 + i % 2 * 4) * 4 & 15) - offset));
       } else if (l.bits == 8) {
-        const int8_t code = int8_t(codes[((tile * 2 + step / 2) * 32 + lane) * 16 + step % 2 * 8 + high * 4 + i]);
+        const int8_t code =
+            int8_t(codes[((tile * 2 + step / 2) * 32 + lane) * 16 + step % 2 * 8 + high * 4 + i]);
         v[column] = __float2half_rn(scale * float(code));
       } else {
-        v[column] = *reinterpret_cast<const __half*>(codes + ((tile * 4 + step) * 32 + lane) * 16 + i / 2 * 8 +
-                                                     high * 4 + i % 2 * 2);
+        v[column] = *reinterpret_cast<const __half*>(codes + ((tile * 4 + step) * 32 + lane) * 16 +
+                                                     i / 2 * 8 + high * 4 + i % 2 * 2);
       }
     }
   }
@@ -123,7 +131,8 @@ void dequantize_rows_cuda(const DeviceMatrix& m, int64_t begin, int64_t end, voi
                                       : dequantize_tile_kernel<16>;
     const dim3 tiles(unsigned(ceil_div(end - begin, int64_t(kQ4TileRows))),
                      unsigned(ceil_div(l.k_tiles(), int64_t(kTileThreads / 32))));
-    launch("dequantize", kernel, tiles, kTileThreads, 0, 1, true, stream, m, begin, end, static_cast<__half*>(out));
+    launch("dequantize", kernel, tiles, kTileThreads, 0, 1, true, stream, m, begin, end,
+           static_cast<__half*>(out));
     return;
   }
   const dim3 grid(unsigned(end - begin), unsigned(ceil_div(m.view.k, kThreads * kColumns)));

@@ -19,7 +19,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
 
 // 16 bytes, global to shared; zeros where `there` is false (`from` is not read then).
 __device__ __forceinline__ void copy_or_zero(uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
 }
 
 }  // namespace q4s

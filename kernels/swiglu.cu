@@ -26,8 +26,8 @@ __global__ void swiglu_kernel(SwigluArgs a, __half* y16) {
 template <bool kHalf>
 void run(const SwigluArgs& a, __half* y16, cudaStream_t stream) {
   if (a.tokens == 0) return;
-  launch("swiglu", swiglu_kernel<kHalf>, dim3(unsigned(a.tokens), unsigned(ceil_div(a.hidden, kThreads))), kThreads,
-         0, 1, true, stream, a, y16);
+  launch("swiglu", swiglu_kernel<kHalf>, dim3(unsigned(a.tokens), unsigned(ceil_div(a.hidden, kThreads))),
+         kThreads, 0, 1, true, stream, a, y16);
 }
 
 }  // namespace

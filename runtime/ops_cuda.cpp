@@ -17,7 +17,8 @@ namespace {
 
 size_t aligned(int64_t bytes) { return size_t(round_up(bytes, int64_t(kArenaAlign))); }
 
-// Of split products: at most one part of the largest tile for each multiprocessor, and the counters. Of split attention.
+// Of split products: at most one part of the largest tile for each multiprocessor, and the counters. Of split
+// attention.
 size_t workspace_bytes(int multiprocessors) {
   return std::max(4096 + size_t(multiprocessors) * 128 * 256 * sizeof(float),
                   attention_decode_scratch_bytes(multiprocessors));
@@ -106,11 +107,14 @@ bool decode_attention(const HeadShape& h, const Counts& counts) {
 bool stored_half(const Tensor& t, const CudaStep& s) {
   if (s.observed || t.keep || t.readers != 1 || t.cols % kQ4TileCols != 0) return false;
   const Tensor& reader = *t.reader;
-  if (reader.op != Op::kLinear || reader.gain || reader.epilogue != Epilogue::kNone || reader.src[0] != &t) return false;
+  if (reader.op != Op::kLinear || reader.gain || reader.epilogue != Epilogue::kNone || reader.src[0] != &t)
+    return false;
   const int64_t rows = s.counts.of(t.rows);
   const DeviceMatrix& w = on_device(*reader.weight);
-  if (few(w, Epilogue::kNone, rows) || !(many(w, Epilogue::kNone, rows) || DenseCuda::multiplies_f16(w))) return false;
-  if (t.op == Op::kLinear) return t.epilogue == Epilogue::kSwiglu && !few(on_device(*t.weight), t.epilogue, rows);
+  if (few(w, Epilogue::kNone, rows) || !(many(w, Epilogue::kNone, rows) || DenseCuda::multiplies_f16(w)))
+    return false;
+  if (t.op == Op::kLinear)
+    return t.epilogue == Epilogue::kSwiglu && !few(on_device(*t.weight), t.epilogue, rows);
   if (t.op != Op::kAttention) return false;
   const KvLayer kv = s.kv.layer(0);
   return tiled_attention(t.head, s.counts, kv) ||
@@ -231,9 +235,10 @@ void run_attention(Tensor& t, const CudaStep& s) {
         {t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim},
         s.stream);
   else if (decode_attention(h, s.counts))
-    attention_decode_cuda({t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim,
-                           s.counts.reach ? s.counts.reach : s.kv.ctx, s.counts.apart ? 1 : rows, s.scratch},
-                          s.stream, true);
+    attention_decode_cuda(
+        {t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim,
+         s.counts.reach ? s.counts.reach : s.kv.ctx, s.counts.apart ? 1 : rows, s.scratch},
+        s.stream, true);
   else
     attention_reference_cuda(
         {t.src[0]->f32(), at, kv, t.f32(), rows, h.heads, h.kv_heads, h.head_dim, nullptr}, s.stream);

@@ -1,5 +1,5 @@
-// What a decoding step is made of: the graph of a whole step with random weights, then the same with parts left out, in
-// microseconds. A part costs what its absence saves; "alone" is a graph of nothing but it.
+// What a decoding step is made of: the graph of a whole step with random weights, then the same with parts
+// left out, in microseconds. A part costs what its absence saves; "alone" is a graph of nothing but it.
 //   step_bench_cuda [SHAPE[:f16] [DEPTH[xBATCH]...]]    default: llama-2-7b 0
 // SHAPE: a shape of llama-bench, or smollm2-135m; in int4 with an 8-bit head, or all fp16.
 #include <cuda_runtime_api.h>
@@ -68,8 +68,8 @@ class Step {
 
   enum Part : unsigned { kEnds = 1, kLinears = 2, kAttention = 4, kHead = 8, kDraw = 16, kAll = 31 };
   void run(unsigned parts, cudaStream_t stream) {
-    const CudaStep step{{rows_, rows_, depth_ + 1, true}, kv_,    scratch_.data(), stream, dense_,
-                        multiprocessors_,                 hopper_};
+    const CudaStep step{
+        {rows_, rows_, depth_ + 1, true}, kv_, scratch_.data(), stream, dense_, multiprocessors_, hopper_};
     for (const auto& n : graph_.nodes()) {
       const unsigned part = n->op == Op::kAttention ? kAttention
                             : n.get() == logits_    ? kHead
@@ -114,19 +114,20 @@ void bench(LlamaModel& model, int64_t depth, int64_t rows, double read, Timer& t
   const double layers = double(step.layers()), whole = time(Step::kAll);
   const double kv = double(rows * (depth + 1) * step.layers() * 4 * model.config.kv_dim());
   const double bytes = double(model.weights.read_bytes_per_token()) + kv;
-  std::printf("depth %lld, %lld rows: %.1f us a step, %.3f of read; a graph for each step %.1f\n", (long long)depth,
-              (long long)rows, whole, bytes / read * 1e6 / whole, timer.back_to_back([&](cudaStream_t s) {
-                step.run(Step::kAll, s);
-              }));
+  std::printf("depth %lld, %lld rows: %.1f us a step, %.3f of read; a graph for each step %.1f\n",
+              (long long)depth, (long long)rows, whole, bytes / read * 1e6 / whole,
+              timer.back_to_back([&](cudaStream_t s) { step.run(Step::kAll, s); }));
   const double none = time(Step::kAll & ~Step::kAttention), only = time(Step::kAttention);
-  std::printf("  attention: %.2f us a layer; alone %.2f, %.3f of read\n", (whole - none) / layers, only / layers,
-              kv / read * 1e6 / only);
+  std::printf("  attention: %.2f us a layer; alone %.2f, %.3f of read\n", (whole - none) / layers,
+              only / layers, kv / read * 1e6 / only);
   std::printf("  products: alone %.2f us a layer; with attention %.2f\n", time(Step::kLinears) / layers,
               time(Step::kLinears | Step::kAttention) / layers);
-  std::printf("  head %.1f us, alone %.1f (read: %.1f); draw %.1f, alone %.1f; embedding and gathering %.1f, alone %.1f\n",
-              whole - time(Step::kAll & ~Step::kHead), time(Step::kHead),
-              double(model.weights.output().read_bytes()) / read * 1e6, whole - time(Step::kAll & ~Step::kDraw),
-              time(Step::kDraw), whole - time(Step::kAll & ~Step::kEnds), time(Step::kEnds));
+  std::printf(
+      "  head %.1f us, alone %.1f (read: %.1f); draw %.1f, alone %.1f; embedding and gathering %.1f, alone "
+      "%.1f\n",
+      whole - time(Step::kAll & ~Step::kHead), time(Step::kHead),
+      double(model.weights.output().read_bytes()) / read * 1e6, whole - time(Step::kAll & ~Step::kDraw),
+      time(Step::kDraw), whole - time(Step::kAll & ~Step::kEnds), time(Step::kEnds));
   std::fflush(stdout);
 }
 

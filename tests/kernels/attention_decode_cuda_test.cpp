@@ -91,8 +91,8 @@ void check(const Case& c) {
       continue;
     }
     first = y;
-    // q is rounded to fp16 (logits of these normal values by less than 2e-3 in all), weights to fp16: a mean of values of
-    // size ~1..4 moves by less than this.
+    // q is rounded to fp16 (logits of these normal values by less than 2e-3 in all), weights to fp16: a mean
+    // of values of size ~1..4 moves by less than this.
     const double most = c.type == KvType::kF32 ? 2e-5 : 8e-3;
     double error = 0, size = 0;
     int64_t wrong = 0;
@@ -152,7 +152,8 @@ TEST_CASE("attention_decode on the device: many sequences") {
 // Dependent launches: what is not fresh is read early, the newest row and the queries are not.
 TEST_CASE("attention_decode on the device: behind the work that writes its newest row") {
   if (no_device()) return;
-  for (const auto& [position, parts] : {std::pair<int32_t, bool>{0, false}, {15, false}, {100, false}, {4000, true}}) {
+  for (const auto& [position, parts] :
+       {std::pair<int32_t, bool>{0, false}, {15, false}, {100, false}, {4000, true}}) {
     const int64_t heads = 8, kv_heads = 8, hd = 128, ctx = 4096, width = kv_heads * hd;
     std::vector<float> q(size_t(heads * hd));
     std::vector<uint16_t> cache(size_t(2 * ctx * width));
@@ -162,7 +163,8 @@ TEST_CASE("attention_decode on the device: behind the work that writes its newes
     for (size_t i = 0; i < cache.size(); ++i) cache[i] = float_to_half(values[i]);
     const size_t plane = size_t(ctx * width), row = size_t(position) * size_t(width);
     const std::vector<int32_t> at{position}, sequence{0};
-    DeviceGuarded<int32_t> dposition{std::span<const int32_t>(at)}, dsequence{std::span<const int32_t>(sequence)};
+    DeviceGuarded<int32_t> dposition{std::span<const int32_t>(at)},
+        dsequence{std::span<const int32_t>(sequence)};
     DeviceGuarded<std::byte> scratch(int64_t(attention_decode_scratch_bytes(multiprocessors())));
     cuda_check(cudaMemset(scratch.data(), 0, kAttentionDecodeCounters), "cudaMemset");
     DeviceGuarded<float> all_q{std::span<const float>(q)}, dq(int64_t(q.size())), dy(int64_t(q.size()));
@@ -174,7 +176,8 @@ TEST_CASE("attention_decode on the device: behind the work that writes its newes
       there.put(before);
       dq.put(std::vector<float>(q.size(), std::numeric_limits<float>::quiet_NaN()));
       copy_cuda(all_q.data(), dq.data(), int64_t(q.size()), nullptr);
-      copy_cuda(reinterpret_cast<const float*>(all.data()), reinterpret_cast<float*>(there.data()), int64_t(plane), nullptr);
+      copy_cuda(reinterpret_cast<const float*>(all.data()), reinterpret_cast<float*>(there.data()),
+                int64_t(plane), nullptr);
       attention_decode_cuda({.q = dq.data(),
                              .at = {dposition.data(), dsequence.data()},
                              .kv = {there.data(), there.data() + plane, KvType::kF16, ctx},

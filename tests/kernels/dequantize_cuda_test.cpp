@@ -1,4 +1,5 @@
-// Rows of packed weights as fp16 on the device against the definition: formats, orders of rows, odd shapes, parts.
+// Rows of packed weights as fp16 on the device against the definition: formats, orders of rows, odd shapes,
+// parts.
 #include "kernels/half.h"
 #include "kernels/linear.h"
 #include "tests/kernels/device_guarded.h"
@@ -25,7 +26,12 @@ void check(const Q4Layout& l, Grid grid, int64_t begin, int64_t end) {
   }
   std::vector<uint16_t> scales(size_t(l.n * l.groups()));
   for (uint16_t& s : scales) s = float_to_half(normal(rng));
-  const WeightView view{.format = format, .grid = grid, .n = l.n, .k = l.k, .group = l.group, .data = data.data(),
+  const WeightView view{.format = format,
+                        .grid = grid,
+                        .n = l.n,
+                        .k = l.k,
+                        .group = l.group,
+                        .data = data.data(),
                         .scales = scales.data()};
   std::vector<float> rows(size_t((end - begin) * l.k));
   dequantize_rows(view, begin, end, rows.data());
@@ -59,5 +65,6 @@ TEST_CASE("dequantize_rows on the device") {
         check(l, Grid::kInt, 3, 20);
       }
   check({.n = 80, .k = 192, .group = 64, .map = RowMap::kPairHalves}, Grid::kInt, 0, 80);
-  check({.n = 96, .k = 192, .group = 64, .map = RowMap::kRope, .head_dim = 32, .rotated = 64}, Grid::kInt, 16, 96);
+  check({.n = 96, .k = 192, .group = 64, .map = RowMap::kRope, .head_dim = 32, .rotated = 64}, Grid::kInt, 16,
+        96);
 }
