@@ -265,12 +265,18 @@ void gptq_sweep_cpu(const GptqRefineArgs& a, Part part) {
     for (int64_t r = 0; r < rows; ++r) {
       float* g = &gradient[r * k];
       uint8_t* codes = a.codes + (first + r) * k;
+      SweepDither dither(a.pass, first + r, 0);
       for (int64_t begin = 0; begin < k; begin += a.group) {
         const float s = half_to_float(a.scales[(first + r) * groups + begin / a.group]);
         if (s == 0.0f) continue;
         for (int64_t j = begin; j < std::min(k, begin + a.group); ++j) {
           const float value = levels.value(codes[j], s);
-          const uint8_t code = nearest_code(value + g[j] / a.h[j * k + j], s, levels);
+          float best = value + g[j] / a.h[j * k + j];
+          if (a.dither > 0.0f) {
+            if (j % 4 == 0 || j == begin) dither = SweepDither(a.pass, first + r, j);
+            best += s * (a.dither * dither.at(j));
+          }
+          const uint8_t code = nearest_code(best, s, levels);
           if (code == codes[j]) continue;
           codes[j] = code;
           subtract(levels.value(code, s) - value, a.h + j * k, g, k);

@@ -5,6 +5,7 @@
 // W (N, K) f32 is one linear, H (K, K) its damped Hessian, groups are `group` consecutive columns (last one may be
 // short), scales are fp16 bits (N, G), codes one byte each (N, K), all in the original column order.
 #pragma once
+#include "kernels/philox.h"
 #include "kernels/types.h"
 
 namespace q4s {
@@ -84,7 +85,9 @@ void gptq_solve_cpu(const GptqSolveArgs&, Part = {});
 
 // Refinement of (w - q) H (w - q)^T, row by row.
 //  sweep  columns ascending: each code moves to the level nearest to the exact minimiser over that coordinate,
-//         value_j + (e H)_j / H_jj with e = w - q; a move updates e H. Never raises the loss.
+//         value_j + (e H)_j / H_jj with e = w - q; a move updates e H. Never raises the loss. With `dither` the
+//         minimiser is moved first, by at most so many steps of the grid (SweepDither): such a sweep may leave a
+//         local minimum, and a later one without dither find a better.
 //  refit  codes fixed: the G scales that minimise the loss (normal equations, f64 Cholesky), rounded to fp16;
 //         a group without a non-zero level keeps its scale, a row that would get worse keeps all of its.
 struct GptqRefineArgs {
@@ -94,6 +97,19 @@ struct GptqRefineArgs {
   uint8_t* codes;    // (N, K)
   int64_t n, k, group;
   Levels levels;
+  float dither = 0;   // of a sweep, in steps of the grid
+  uint32_t pass = 0;  // another random sequence for each
+};
+
+// The random numbers of a dithered sweep, a pure function of pass, row and column: uniform in [-1, 1). One draw serves
+// four columns.
+struct SweepDither {
+  Philox4 draw;
+  Q4S_HOST_DEVICE SweepDither(uint32_t pass, int64_t row, int64_t column)
+      : draw(philox4x32({{uint32_t(column / 4), uint32_t(row), uint32_t(row >> 32), pass}}, 0x71347364u, 0u)) {}
+  Q4S_HOST_DEVICE float at(int64_t column) const {
+    return float(int32_t(draw.x[column % 4] >> 8) - (1 << 23)) * 0x1p-23f;
+  }
 };
 void gptq_sweep_cpu(const GptqRefineArgs&, Part = {});
 void gptq_refit_cpu(const GptqRefineArgs&, Part = {});

@@ -225,6 +225,7 @@ void GptqCuda::sweep(const GptqRefineArgs& a) {
   GptqPanelArgs p{};
   p.m = a.h, p.scales = a.scales, p.codes = a.codes;
   p.n = a.n, p.k = a.k, p.group = a.group, p.levels = a.levels;
+  p.dither = a.dither, p.pass = a.pass;
   s_->walk(p, gradient, moved, gptq_sweep_panel_cuda);
 }
 

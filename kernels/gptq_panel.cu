@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kRows) panel_kernel(GptqPanelArgs a) {
   for (int c0 = 0; c0 < size; c0 += kPiece) {
     float scale[kPiece], inverse[kPiece], moved[kPiece];
     uint32_t codes[kPiece / 4] = {};
+    SweepDither dither(0, 0, 0);
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) scale[j] = scale_of(scales[s.group[c0 + j]]);
 #pragma unroll
@@ -97,7 +98,12 @@ __global__ void __launch_bounds__(kRows) panel_kernel(GptqPanelArgs a) {
       if (kSweep) {
         const int old = s.codes[(c0 + j) * kCodeStride + r];
         const float value = value_of(old, scale[j], l);
-        code = scale[j] == 0.0f ? old : code_of(__fadd_rn(value, quotient(v, d, d_inverse)), scale[j], inverse[j], l);
+        float best = __fadd_rn(value, quotient(v, d, d_inverse));
+        if (a.dither > 0.0f) {
+          if (j % 4 == 0) dither = SweepDither(a.pass, first + r, a.begin + c0 + j);
+          best = __fadd_rn(best, __fmul_rn(scale[j], __fmul_rn(a.dither, dither.at(j))));
+        }
+        code = scale[j] == 0.0f ? old : code_of(best, scale[j], inverse[j], l);
         moved[j] = __fsub_rn(value_of(code, scale[j], l), value);
       } else {
         code = code_of(v, scale[j], inverse[j], l);

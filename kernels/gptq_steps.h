@@ -25,6 +25,8 @@ struct GptqPanelArgs {
   int64_t n, k, group;
   int64_t begin, size;     // columns; size <= kGptqBlock
   Levels levels;
+  float dither = 0;        // of a sweep
+  uint32_t pass = 0;
 };
 void gptq_solve_panel_cuda(const GptqPanelArgs&, cudaStream_t);
 void gptq_sweep_panel_cuda(const GptqPanelArgs&, cudaStream_t);

@@ -36,12 +36,14 @@ void switch_off(const std::string& text, QuantizeOptions& o) {
       o.solve.search = false;
     else if (part == "refine")
       o.solve.refine = false;
+    else if (part == "dither")
+      o.solve.dither = false;
     else if (part == "act-order")
       o.act_order = false;
     else
       throw Error(
           ErrorKind::kUsage,
-          "--off: \"" + part + "\": expected rotation, order, target, residual, search, refine or act-order");
+          "--off: \"" + part + "\": expected rotation, order, target, residual, search, refine, dither or act-order");
   }
 }
 
@@ -58,7 +60,7 @@ void declare_quant_options(Cli& cli) {
   cli.choice("head", {"q8", "f16", "q4"}, "format of embedding and head");
   cli.flag("rtn", "round to nearest: no calibration, no GPTQ");
   cli.text("off", "PARTS", "",
-           "leave out rotation, order, target, residual, search, refine, act-order (comma list)");
+           "leave out rotation, order, target, residual, search, refine, dither, act-order (comma list)");
   cli.text("only", "REGEX", "", "quantise only matching linears (blk.3.gate_up); the rest stays fp16");
   cli.list("tensor", "REGEX=FORMAT",
            "g32, g64, g128, row or q8 for matching linears; the first match counts");
@@ -121,6 +123,7 @@ std::string options_json(const Cli& cli, const QuantizeOptions& o) {
                                     {"act_order", o.act_order},
                                     {"search", o.solve.search},
                                     {"refine", o.solve.refine},
+                                    {"dither", o.solve.dither},
                                     {"alpha", o.solve.alpha},
                                     {"beta", o.solve.beta},
                                     {"rotation", o.rotate},

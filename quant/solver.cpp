@@ -138,10 +138,9 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
   if (o.refine) {
     const GptqRefineArgs refine{w.data(), f.h.data(), q.scales.data(), q.codes.data(),
                                 q.n,      q.k,        q.group,         levels};
-    team([&](Part part) { gptq_sweep_cpu(refine, part); });
-    team([&](Part part) { gptq_refit_cpu(refine, part); });
-    team([&](Part part) { gptq_sweep_cpu(refine, part); });
-    q.sweeps = 2;
+    q.sweeps = refine_codes(
+        refine, o.dither, [&](const GptqRefineArgs& a) { team([&](Part part) { gptq_sweep_cpu(a, part); }); },
+        [&](const GptqRefineArgs& a) { team([&](Part part) { gptq_refit_cpu(a, part); }); });
   }
   q.damp = f.damp;
   measure(original, w, f, team, q);

@@ -168,10 +168,9 @@ class CudaUnitSolver final : public UnitSolver {
       if (o.refine) {
         enter(Stage::kRefine);
         const GptqRefineArgs refine{target, h_.get(), scales, codes, n_, k_, q.group, levels};
-        gptq_.sweep(refine);
-        gptq_.refit(refine);
-        gptq_.sweep(refine);
-        q.sweeps = 2;
+        q.sweeps = refine_codes(
+            refine, o.dither, [&](const GptqRefineArgs& a) { gptq_.sweep(a); },
+            [&](const GptqRefineArgs& a) { gptq_.refit(a); });
       }
       q.damp = f_.damp;
       solved = true;

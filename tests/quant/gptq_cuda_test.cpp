@@ -181,6 +181,16 @@ TEST_CASE("cuda gptq: the pass, sweep, refit and losses") {
       CHECK(close(c.loss(c.scales, codes.get()), c.loss(c.scales, expected), 1e-3));
       CHECK(c.loss(c.scales, codes.get()) <= before * (1 + 1e-6));
 
+      GptqRefineArgs there_dithered = there, here_dithered = here;
+      there_dithered.dither = here_dithered.dither = 0.3f;
+      there_dithered.pass = here_dithered.pass = 5;
+      codes.put(expected);
+      gptq.sweep(there_dithered);
+      stream.wait();
+      gptq_sweep_cpu(here_dithered);
+      CHECK(differing(codes.get(), expected) <= 0.005);
+      CHECK(close(c.loss(c.scales, codes.get()), c.loss(c.scales, expected), 1e-3));
+
       codes.put(expected);
       gptq.refit(there);
       stream.wait();

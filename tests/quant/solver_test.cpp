@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -73,6 +74,69 @@ TEST_CASE("each step lowers the loss: rounding > GPTQ > refined, on every grid a
       CHECK(fine.groups() == ceil_div(c.k, group ? group : c.k));
     }
   }
+}
+
+TEST_CASE("dithered sweeps end in a better minimum, on every grid") {
+  const Case c(40, 172, 21);
+  const HessianFactor f = c.factor();
+  for (GridKind grid : kGrids) {
+    for (int64_t group : {32, 128}) {
+      SolveOptions o = options(grid, group, true, true);
+      const QuantizedLinear dithered = solve(c.problem(), f, o, one_thread_team);
+      o.dither = false;
+      const QuantizedLinear settled = solve(c.problem(), f, o, one_thread_team);
+      CHECK(settled.sweeps == 2);
+      CHECK(dithered.sweeps == 4 + kDitheredSweeps);
+      CHECK(total(dithered) < total(settled));
+    }
+  }
+}
+
+TEST_CASE("a dithered sweep against f64: every code is the level nearest to minimiser plus dither") {
+  const Case c(9, 75, 23);
+  const HessianFactor f = c.factor();
+  const Levels l = grid_levels(GridKind::kSigned);
+  for (const auto& [dither, pass] : {std::pair(0.08f, 0u), std::pair(0.5f, 3u)}) {
+    QuantizedLinear q = solve(c.problem(), f, options(GridKind::kSigned, 32, true, false), one_thread_team);
+    std::vector<uint8_t> expected = q.codes;
+    int64_t moved = 0;
+    for (int64_t i = 0; i < c.n; ++i)
+      for (int64_t j = 0; j < c.k; ++j) {
+        const float s = half_to_float(q.scales[i * q.groups() + j / 32]);
+        double slope = 0;
+        for (int64_t m = 0; m < c.k; ++m) {
+          const float scale = half_to_float(q.scales[i * q.groups() + m / 32]);
+          slope += (double(c.w[i * c.k + m]) - l.value(expected[i * c.k + m], scale)) * f.h[m * c.k + j];
+        }
+        uint8_t& code = expected[i * c.k + j];
+        const double best = l.value(code, s) + slope / f.h[j * (c.k + 1)] + double(dither) * s * SweepDither(pass, i, j).at(j);
+        const uint8_t next = uint8_t(std::clamp<double>(std::nearbyint(best / s), l.low, l.high) + l.offset);
+        moved += next != code;
+        code = next;
+      }
+    GptqRefineArgs args{c.w.data(), f.h.data(), q.scales.data(), q.codes.data(), c.n, c.k, 32, l};
+    args.dither = dither;
+    args.pass = pass;
+    gptq_sweep_cpu(args);
+    CHECK(moved > 0);
+    CHECK(q.codes == expected);
+  }
+}
+
+TEST_CASE("the dither of a sweep is uniform, and another one for each pass") {
+  double sum = 0, squares = 0, product = 0;
+  constexpr int64_t kRows = 50, kColumns = 400;
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t j = 0; j < kColumns; ++j) {
+      const double a = SweepDither(1, i, j).at(j), b = SweepDither(2, i, j).at(j);
+      CHECK(a >= -1);
+      CHECK(a < 1);
+      sum += a, squares += a * a, product += a * b;
+    }
+  constexpr double n = kRows * kColumns;  // standard errors: .004, .002, .0024
+  CHECK(std::abs(sum / n) < 0.02);
+  CHECK(squares / n == doctest::Approx(1.0 / 3).epsilon(0.03));
+  CHECK(std::abs(product / n) < 0.01);
 }
 
 TEST_CASE("GPTQ against the textbook: one column at a time on the inverse Hessian in f64") {
