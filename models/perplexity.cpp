@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/compare_logits.h"
 #include "runtime/checksum.h"
 #include "runtime/error.h"
 #include "runtime/log.h"
@@ -16,32 +17,15 @@ namespace {
 // Positions held at a time: enough to keep all threads busy, little beside a model.
 constexpr int64_t kRowsHeld = 256;
 
-double log_sum_exp(std::span<const float> x) {
-  const float top = *std::max_element(x.begin(), x.end());
-  double sum = 0;
-  for (float v : x) sum += std::exp(v - top);
-  return top + std::log(sum);
-}
-
 // What one scored position gives.
 struct Score {
   double nll = 0, ref_nll = 0, kl = 0;
   bool same_top = false;
 };
 
-// KL(p || q) = sum p (log p - log q), p = softmax(a), q = softmax(b), without forming either.
-Score compare(std::span<const float> b, std::span<const float> a, int32_t target) {
-  const size_t top_a = size_t(std::max_element(a.begin(), a.end()) - a.begin());
-  const size_t top_b = size_t(std::max_element(b.begin(), b.end()) - b.begin());
-  double sum_a = 0, sum_b = 0, dot = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    const double p = std::exp(a[i] - a[top_a]);
-    sum_a += p;
-    sum_b += std::exp(b[i] - b[top_b]);
-    dot += p * (double(a[i]) - double(b[i]));
-  }
-  const double lse_a = a[top_a] + std::log(sum_a), lse_b = b[top_b] + std::log(sum_b);
-  return {lse_b - b[size_t(target)], lse_a - a[size_t(target)], dot / sum_a - lse_a + lse_b, top_a == top_b};
+Score compare(std::span<const float> q, std::span<const float> p, int32_t target) {
+  const LogitComparison c = compare_logits(p.data(), q.data(), int64_t(p.size()));
+  return {c.lse_q - q[size_t(target)], c.lse_p - p[size_t(target)], c.kl, c.top_p == c.top_q};
 }
 
 struct Moments {
@@ -82,7 +66,7 @@ class HeldRows {
 }  // namespace
 
 double negative_log_likelihood(std::span<const float> logits, int32_t target) {
-  return log_sum_exp(logits) - logits[size_t(target)];
+  return compare_logits(logits.data(), logits.data(), int64_t(logits.size())).lse_p - logits[size_t(target)];
 }
 
 PplText cut_text(std::string_view text, const Tokenizer& tokenizer, int64_t model_context,

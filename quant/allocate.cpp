@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "kernels/compare_logits.h"
 #include "kernels/embed.h"
 #include "quant/block_runner.h"
 #include "quant/buffer.h"
@@ -13,9 +14,9 @@
 namespace q4s {
 namespace {
 
-constexpr int64_t kEffectTokens = 1024;  // of the forward passes that measure effects
-constexpr int64_t kEffectRows = 256;     // positions whose logits are compared
-constexpr double kDamp = 0.05;           // of a factor that only losses without damping are read from
+constexpr int64_t kEffectTokens = 2048;  // of the forward passes that measure effects
+constexpr int64_t kEffectRows = 512;     // positions whose logits are compared
+constexpr double kDamp = 0.05;
 
 const Format4 kFiner[] = {{GridKind::kSigned, 64}, {GridKind::kSigned, 32}, {GridKind::kInt8, 64}};
 
@@ -25,18 +26,7 @@ double mean_kl(const std::vector<float>& a, const std::vector<float>& b, int64_t
   std::vector<double> kl(rows);
   team([&](Part part) {
     const auto [begin, end] = part.of(rows);
-    for (int64_t r = begin; r < end; ++r) {
-      const float *p = &a[r * vocab], *q = &b[r * vocab];
-      const double top_p = *std::max_element(p, p + vocab), top_q = *std::max_element(q, q + vocab);
-      double sum_p = 0, sum_q = 0, dot = 0;
-      for (int64_t i = 0; i < vocab; ++i) {
-        const double e = std::exp(p[i] - top_p);
-        sum_p += e;
-        sum_q += std::exp(q[i] - top_q);
-        dot += e * ((p[i] - top_p) - (q[i] - top_q));
-      }
-      kl[r] = dot / sum_p - std::log(sum_p) + std::log(sum_q);
-    }
+    for (int64_t r = begin; r < end; ++r) kl[r] = compare_logits(&a[r * vocab], &b[r * vocab], vocab).kl;
   });
   return std::accumulate(kl.begin(), kl.end(), 0.0) / double(rows);
 }
@@ -181,9 +171,8 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
     runner.add_mlp(a.get(), s, tokens);
   };
 
-  SolveOptions plain;
-  plain.search = false;
-  plain.rtn = true;
+  SolveOptions gptq;
+  gptq.refine = false;
   std::vector<float> reference;
   for (int64_t l = 0; l < c.layers; ++l) {
     const LlamaBlock& block = m.weights.blocks[l];
@@ -191,22 +180,19 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
     for (Unit u : kUnits) {
       const int64_t n = unit_rows(c, u), k = unit_columns(c, u);
       const Buffer w(backend, n * k, "weights of a linear");
-      const auto write = [&](const std::vector<float>& v) { backend.write(w.bytes(), v.data(), 4 * v.size()); };
       const std::vector<float> exact = unpack(unit_weight(block, u), team);
-      std::vector<float> rounded(exact.size());
-      round_to_nearest(exact.data(), nullptr, n, k, plain, team).dequantize(0, n, rounded.data());
-      write(rounded);
+      const auto write = [&] { backend.write(w.bytes(), exact.data(), 4 * exact.size()); };
+      run_block(u);  // exact, for the statistics
+      if (reference.empty()) reference = logits(l, moved.get());
+      solver->factor(kDamp, true);
+      write();
+      const double error = summarize(solver->solve(w.get(), gptq).rows, k, 0, n).relative;
+      solver->values(w.get());
       runner.set(u, w.get());
       run_block(u);
-      write(exact);
-      runner.set(u, w.get());  // from here on as it was
-      solver->factor(kDamp, false);
-      const double error = summarize(solver->solve(w.get(), plain).rows, k, 0, n).relative;
       const std::vector<float> got = logits(l, moved.get());
-      if (reference.empty()) {
-        run_block(u);
-        reference = logits(l, moved.get());
-      }
+      write();
+      runner.set(u, w.get());  // from here on as it was
       UnitChoices& choice = choices.at(size_t(l * 4 + int64_t(u)));
       choice.alone = mean_kl(reference, got, c.vocab, team);
       choice.effect = error > 0 ? choice.alone / error : 0.0;

@@ -20,7 +20,7 @@ struct UnitChoices {
   int64_t block = 0;
   Unit unit = Unit::kQkv;
   double effect = 1;  // KL of the model's output per unit of this linear's relative output error
-  double alone = 0;   // KL with this linear alone rounded to nearest, as measured
+  double alone = 0;   // KL with this linear alone quantised, as measured
   std::vector<Candidate> candidates;  // [0]: what the options say; then finer and finer
   int chosen = 0;
 
@@ -34,9 +34,10 @@ std::vector<UnitChoices> try_formats(LlamaModel&, Backend&, const QuantizedFrame
                                      const QuantizeOptions&,
                                      const std::function<void(int64_t, int64_t)>& progress);
 
-// Fills `alone` and `effect`: for every linear, the mean KL of the model with that linear alone rounded to
-// nearest (int4, groups of 128), over the relative error this makes in the linear's own output. On the first
-// calibration sequences.
+// Fills `alone` and `effect`: for every linear, the mean KL of the model with that linear alone quantised by GPTQ
+// (signed, groups of 128), over the relative error this makes in the linear's own output. On the first calibration
+// sequences. GPTQ and not rounding, since the effect hangs on where the error lies: plain rounding errs most along the
+// strongest inputs, which makes qkv look twice as sensitive as it then is.
 void measure_effects(LlamaModel&, Backend&, const Calibration&, std::vector<UnitChoices>&,
                      const std::function<void(int64_t, int64_t)>& progress);
 

@@ -45,7 +45,7 @@ struct Report {
   int64_t size_bytes = 0;      // of the file
   std::string options;         // JSON object
   std::string calibration;     // JSON object
-  std::string effects = "{}";  // JSON object by tensor: KL with that linear alone rounded; --bpw only
+  std::string effects = "{}";  // JSON object by tensor: KL with that linear alone quantised; --bpw only
   std::vector<std::pair<std::string, double>> stages;  // seconds
   MemoryPeak peak;
 };
