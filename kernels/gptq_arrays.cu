@@ -45,6 +45,13 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const float* in, const
     out[i * k + j] = add ? out[i * k + j] + in[i * k + from] : in[i * k + from];
 }
 
+__global__ void __launch_bounds__(kThreads) scatter_kernel(const uint8_t* from, const int32_t* index, uint8_t* to,
+                                                         int64_t n, int64_t bytes) {
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (j >= bytes) return;
+  for (int64_t i = blockIdx.y; i < n; i += gridDim.y) to[index[i] * bytes + j] = from[i * bytes + j];
+}
+
 __global__ void __launch_bounds__(kThreads) clear_kernel(float* w, const uint8_t* dead, int64_t n, int64_t k) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= k || !dead[j]) return;
@@ -99,6 +106,11 @@ void gptq_factor_end_cuda(const double* b, float* u, int* bad, int64_t k, cudaSt
 void gptq_gather_columns_cuda(const float* in, const int32_t* index, float* out, int64_t n, int64_t k, bool add,
                               cudaStream_t stream) {
   launch("columns", gather_kernel, grid_of(n, k), kThreads, 0, 1, false, stream, in, index, out, n, k, add);
+}
+void gptq_scatter_rows_cuda(const void* from, const int32_t* index, void* to, int64_t n, int64_t bytes,
+                            cudaStream_t stream) {
+  launch("rows", scatter_kernel, grid_of(n, bytes), kThreads, 0, 1, false, stream, static_cast<const uint8_t*>(from),
+         index, static_cast<uint8_t*>(to), n, bytes);
 }
 void gptq_clear_columns_cuda(float* w, const uint8_t* dead, int64_t n, int64_t k, cudaStream_t stream) {
   launch("columns", clear_kernel, grid_of(n, k), kThreads, 0, 1, false, stream, w, dead, n, k);

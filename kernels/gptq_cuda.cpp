@@ -256,6 +256,17 @@ void GptqCuda::refit(const GptqRefineArgs& a) {
   }
 }
 
+void GptqCuda::feed_back(const GptqFeedbackArgs& a) {
+  const int64_t rest = a.size - a.rank_end, ld = a.blocks * a.k;
+  if (rest == 0) return;
+  const float minus = -1, one = 1;
+  check(cublasSgemmStridedBatched(s_->blas, CUBLAS_OP_N, CUBLAS_OP_T, int(a.k), int(rest), int(a.rank_end - a.rank_begin),
+                                  &minus, a.error + a.rank_begin * ld, int(ld), a.k,
+                                  a.feedback + a.rank_begin * a.size + a.rank_end, int(a.size), a.size * a.size, &one,
+                                  a.target + a.rank_end * ld, int(ld), a.k, int(a.blocks)),
+        "feedback");
+}
+
 void GptqCuda::losses(const GptqRefineArgs& a, RowSums* sums, bool weights) {
   const int64_t n = a.n, k = a.k;
   float *e, *eh, *wh;

@@ -38,6 +38,15 @@ struct GptqCorrectArgs {
   float alpha, beta;
 };
 
+// The feedback of rows that count together (quant/row_coupling.h): rank r of block b is row r * blocks + b of error and
+// target. Ranks from rank_end on: target -= F^T error over ranks [rank_begin, rank_end).
+struct GptqFeedbackArgs {
+  const float* feedback;  // (blocks, size, size)
+  const float* error;     // (size * blocks, K)
+  float* target;          // (size * blocks, K)
+  int64_t blocks, size, rank_begin, rank_end, k;
+};
+
 class GptqCuda {
  public:
   explicit GptqCuda(cudaStream_t);  // throws CudaError, std::runtime_error, as all calls do
@@ -54,6 +63,7 @@ class GptqCuda {
   void solve(const GptqSolveArgs&);  // a.w in `order`, overwritten
   void sweep(const GptqRefineArgs&);
   void refit(const GptqRefineArgs&);
+  void feed_back(const GptqFeedbackArgs&);
   // sums (N) of w - value(codes) under h; with `weights` those of w as well, else they are zero.
   void losses(const GptqRefineArgs&, RowSums* sums, bool weights);
 

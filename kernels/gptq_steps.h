@@ -56,6 +56,8 @@ void gptq_factor_end_cuda(const double* b, float* u, int* bad, int64_t k, cudaSt
 // out (N, K): out[i, j] = in[i, index[j]], or += it.
 void gptq_gather_columns_cuda(const float* in, const int32_t* index, float* out, int64_t n, int64_t k, bool add,
                               cudaStream_t);
+// to[index[i], :] = from[i, :], rows of so many bytes.
+void gptq_scatter_rows_cuda(const void* from, const int32_t* index, void* to, int64_t n, int64_t bytes, cudaStream_t);
 void gptq_clear_columns_cuda(float* w, const uint8_t* dead, int64_t n, int64_t k, cudaStream_t);  // w = 0 where dead
 void gptq_mirror_cuda(float* h, int64_t k, cudaStream_t);                          // lower = upper
 void gptq_diagonal_cuda(float* h, float* diagonal, int64_t k, bool set, cudaStream_t);  // reads it or writes it

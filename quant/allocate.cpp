@@ -8,6 +8,7 @@
 #include "kernels/embed.h"
 #include "quant/block_runner.h"
 #include "quant/buffer.h"
+#include "quant/couple.h"
 #include "runtime/error.h"
 #include "runtime/log.h"
 
@@ -102,7 +103,7 @@ std::vector<UnitChoices> try_formats(LlamaModel& m, Backend& backend, const Quan
 }
 
 void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibration,
-                     std::vector<UnitChoices>& choices,
+                     std::vector<UnitChoices>& choices, bool coupled,
                      const std::function<void(int64_t, int64_t)>& progress) {
   const LlamaConfig& c = m.config;
   const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
@@ -151,12 +152,13 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
   };
   // One block on `moved`, which starts as the stream before it; the solver sums the input of unit `u` as it
   // passes by.
-  const auto run_block = [&](Unit u) {
+  const auto run_block = [&](Unit u, const std::function<void(const float* in)>& see = nullptr) {
     float* s = moved.get();
     backend.write(bytes(s), host.data(), host.size() * sizeof(float));
     Buffer a(backend, tokens * widest, "inputs");
     solver->begin(unit_rows(c, u), unit_columns(c, u), sequences, false, false);
     const auto keep = [&](Unit here) {
+      if (here == u && see) see(a.get());
       if (here == u) solver->add(a.get(), nullptr, nullptr, nullptr, tokens);
     };
     runner.attn_input(s, a.get(), tokens);
@@ -182,10 +184,17 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
       const Buffer w(backend, n * k, "weights of a linear");
       const std::vector<float> exact = unpack(unit_weight(block, u), team);
       const auto write = [&] { backend.write(w.bytes(), exact.data(), 4 * exact.size()); };
-      run_block(u);  // exact, for the statistics
+      write();
+      RowCoupling coupling;
+      run_block(u, [&](const float* in) {  // exact, for the statistics
+        if (coupled && u == Unit::kQkv)
+          coupling = couple_attention(c, backend, in, w.get(), std::min(sequences, coupling_sequences(c)), seq_len, team);
+      });
+      if (coupled && u == Unit::kDown && l == c.layers - 1)
+        coupling = couple_output(m, backend, nullptr, moved.get(), tokens, team);
+      gptq.coupling = coupling.blocks ? &coupling : nullptr;
       if (reference.empty()) reference = logits(l, moved.get());
       solver->factor(kDamp, true);
-      write();
       const double error = summarize(solver->solve(w.get(), gptq).rows, k, 0, n).relative;
       solver->values(w.get());
       runner.set(u, w.get());

@@ -7,6 +7,7 @@
 #include "kernels/half.h"
 #include "quant/activations.h"
 #include "quant/block_runner.h"
+#include "quant/couple.h"
 #include "quant/hidden_order.h"
 #include "quant/quantize.h"
 #include "quant/seed.h"
@@ -170,6 +171,11 @@ class BlockWalk {
     add_output(*quant_, u, in, x, n);
   }
 
+  // Tokens of the first sequences, of which couplings are made.
+  int64_t probe() const {
+    return seq_len_ * std::min({coupling_sequences(c_), chunk_ / seq_len_, tokens_ / seq_len_});
+  }
+
   // Brings both streams to the inputs of a unit and, where asked, sums its statistics on the way.
   void gather(Unit u, bool sums) {
     if (!sums && u == Unit::kQkv) return;
@@ -187,6 +193,10 @@ class BlockWalk {
       if (hold) hold.close(t, n);
       float* x_full = full_ ? x_full_.open(t, n) : nullptr;
       if (full_) inputs(*full_, u, x_full, in_full_.get(), n);
+      if (full_ && sums && o_.couple && u == Unit::kQkv && t == 0) {
+        clock_->enter(Stage::kTarget);
+        coupling_ = couple_attention(c_, backend_, in_full_.get(), w_.get(), probe() / seq_len_, seq_len_, team_);
+      }
       if (sums) {
         clock_->enter(Stage::kSums);
         solver_->add(in, in_full_.get(), x, x_full, n);
@@ -215,6 +225,7 @@ class BlockWalk {
     const auto start = Clock::now();
     const int64_t n = unit_rows(c_, u), k = unit_columns(c_, u);
     const std::string name = unit_name(index, u);
+    coupling_ = {};
     if (calibration_) {
       solver_->begin(n, k, calibration_->samples, o_.corrects(), writes_residual(u));
       gather(u, true);
@@ -225,6 +236,8 @@ class BlockWalk {
     LinearReport info;
     info.k = k;
     if (calibration_ && o_.covers(name)) info.damp = solver_->factor(o_.damp, o_.act_order);
+    if (full_ && o_.couple && index == c_.layers - 1 && u == Unit::kDown)
+      coupling_ = couple_output(model_, backend_, o_.rotate ? &r1_ : nullptr, x_full_.open(0, probe()), probe(), team_);
     clock_->enter(Stage::kLosses);
     std::vector<WeightShape> shapes;  // before a solve clears what no input reaches
     for (const Projection& p : projections(c_))
@@ -261,6 +274,7 @@ class BlockWalk {
     SolveOptions options = o_.solve;
     options.grid = format.grid;
     options.group = format.group;
+    options.coupling = coupling_.blocks ? &coupling_ : nullptr;
     info.grid = grid_name(format.grid);
     info.group = format.group == 0 ? k : std::min(format.group, k);
     info.bits = grid_bits(format.grid);
@@ -343,6 +357,7 @@ class BlockWalk {
   const Rotation r1_, r2_;
   BlockNorms norms_;            // of the block in hand, 1 once folded
   std::vector<int32_t> order_;  // of its hidden channels
+  RowCoupling coupling_;        // of the unit in hand
   Buffer w_;                    // (N, K) the unit in hand: original, rotated, then as quantised
 
   int64_t seq_len_ = 0, tokens_ = 0, chunk_ = 0;

@@ -77,7 +77,7 @@ Json choose_formats(const Cli& cli, LlamaModel& model, Backend& backend, const Q
     choose_worst(choices, cli.get_integer("observe"));
   } else {
     Progress bar("measuring effects", units, "linears");
-    measure_effects(model, backend, calibration, choices, [&](int64_t done, int64_t) {
+    measure_effects(model, backend, calibration, choices, options.couple && options.corrects(), [&](int64_t done, int64_t) {
       stop_if_requested();
       bar.update(done);
     });

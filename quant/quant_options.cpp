@@ -32,6 +32,8 @@ void switch_off(const std::string& text, QuantizeOptions& o) {
       o.solve.alpha = 0;
     else if (part == "residual")
       o.solve.beta = 0;
+    else if (part == "coupling")
+      o.couple = false;
     else if (part == "search")
       o.solve.search = false;
     else if (part == "refine")
@@ -43,7 +45,7 @@ void switch_off(const std::string& text, QuantizeOptions& o) {
     else
       throw Error(
           ErrorKind::kUsage,
-          "--off: \"" + part + "\": expected rotation, order, target, residual, search, refine, dither or act-order");
+          "--off: \"" + part + "\": expected rotation, order, target, residual, coupling, search, refine, dither or act-order");
   }
 }
 
@@ -60,7 +62,7 @@ void declare_quant_options(Cli& cli) {
   cli.choice("head", {"q8", "f16", "q4"}, "format of embedding and head");
   cli.flag("rtn", "round to nearest: no calibration, no GPTQ");
   cli.text("off", "PARTS", "",
-           "leave out rotation, order, target, residual, search, refine, dither, act-order (comma list)");
+           "leave out rotation, order, target, residual, coupling, search, refine, dither, act-order (comma list)");
   cli.text("only", "REGEX", "", "quantise only matching linears (blk.3.gate_up); the rest stays fp16");
   cli.list("tensor", "REGEX=FORMAT",
            "g32, g64, g128, row or q8 for matching linears; the first match counts");
@@ -128,6 +130,7 @@ std::string options_json(const Cli& cli, const QuantizeOptions& o) {
                                     {"beta", o.solve.beta},
                                     {"rotation", o.rotate},
                                     {"order", o.order_hidden},
+                                    {"coupling", o.couple},
                                     {"head", cli.get("head")},
                                     {"seed", o.seed},
                                     {"only", cli.get("only")},

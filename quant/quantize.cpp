@@ -56,6 +56,9 @@ QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64
   p.hessian = 4 * k * k * (1 + streams) + (streams == 2 ? 4 * residual : 0);
   // A unit's copies and codes; the factorisation in f64 or what a step of the solve works in.
   p.working = 10 * widest + std::max(16 * k * k, 16 * widest + 4 * k * k);
+  if (o.couple && streams == 2) {  // targets and errors of coupled rows, and their feedback
+    p.working += 8 * std::max(unit_rows(c, Unit::kQkv) * c.dim, c.dim * c.hidden) + 4 * c.dim * c.dim;
+  }
   if (!samples) return p;
   const WalkShape walk = walk_shape(c, o, samples, seq_len, gpu);
   p.activations = (gpu ? 2 : 4) * tokens *

@@ -27,6 +27,7 @@ struct QuantizeOptions {
   bool act_order = true;
   bool rotate = true;
   bool order_hidden = true;        // quant/hidden_order.h
+  bool couple = true;              // quant/couple.h; only with a correction, which keeps full-precision activations
   bool seed_method = false;        // quant/seed.h instead of our stack; analysis only
   Format head = Format::kQ8;       // of embedding and head: kF16, kQ8, kQ4
   uint64_t seed = 0;               // of the rotation

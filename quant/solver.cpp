@@ -62,6 +62,60 @@ QuantizedLinear prepare(int64_t n, int64_t k, const SolveOptions& o) {
   return q;
 }
 
+// Scales and codes of rows that stand together: w, scales and codes from the first of n rows on. Returns the number of
+// sweeps.
+int decide(const float* w, int64_t n, const std::vector<float>& diagonal, const HessianFactor& f, const SolveOptions& o,
+           const Team& team, const QuantizedLinear& shape, uint16_t* scales, uint8_t* codes) {
+  const int64_t k = f.k;
+  const Levels levels = grid_levels(shape.grid);
+  std::vector<float> work(n * k);
+  team([&](Part part) { gptq_scales_cpu({w, diagonal.data(), scales, n, k, shape.group, levels, o.search}, part); });
+  for_rows(n, team, [&](int64_t first, int64_t rows) { permute(w + first * k, f.order, rows, k, &work[first * k]); });
+  team([&](Part part) {
+    gptq_solve_cpu({work.data(), f.u.data(), f.order.data(), scales, codes, n, k, shape.group, levels}, part);
+  });
+  if (!o.refine) return 0;
+  return refine_codes(
+      {w, f.h.data(), scales, codes, n, k, shape.group, levels}, o.dither ? dithered_sweeps(shape.n, k) : 0,
+      [&](const GptqRefineArgs& a) { team([&](Part part) { gptq_sweep_cpu(a, part); }); },
+      [&](const GptqRefineArgs& a) { team([&](Part part) { gptq_refit_cpu(a, part); }); });
+}
+
+// All rows of q for the target w: at once, or in the steps of their coupling.
+void decide_rows(const std::vector<float>& w, const std::vector<float>& diagonal, const HessianFactor& f,
+                 const SolveOptions& o, const Team& team, QuantizedLinear& q) {
+  const int64_t k = q.k, groups = q.groups();
+  if (!o.coupling || o.coupling->blocks == 0) {
+    q.sweeps = decide(w.data(), q.n, diagonal, f, o, team, q, q.scales.data(), q.codes.data());
+    return;
+  }
+  const RowCoupling& c = *o.coupling;
+  const int64_t size = c.size, free = c.free_rows();
+  QuantizedLinear placed = q;  // rows where the coupling has them
+  std::vector<float> target(q.n * k), error(q.n * k);
+  for (int64_t i = 0; i < q.n; ++i) std::copy_n(&w[c.rows[i] * k], k, &target[i * k]);
+  for (const RowCoupling::Step& s : c.steps()) {
+    q.sweeps = decide(&target[s.begin * k], s.end - s.begin, diagonal, f, o, team, q, &placed.scales[s.begin * groups],
+                      &placed.codes[s.begin * k]);
+    placed.dequantize(s.begin, s.end, &error[s.begin * k]);
+    for (int64_t i = s.begin * k; i < s.end * k; ++i) error[i] = target[i] - error[i];
+    if (s.rank_end == size) break;
+    team([&](Part part) {  // the target of what comes later
+      const auto [first, last] = part.of(c.blocks);
+      for (int64_t b = first; b < last; ++b) {
+        const int64_t ld = c.blocks * k, from = free * k + b * k;
+        dense_gemm(Transpose::kYes, Transpose::kNo, size - s.rank_end, k, s.rank_end - s.rank_begin, -1.0f,
+                   &c.feedback[(b * size + s.rank_begin) * size + s.rank_end], size, &error[from + s.rank_begin * ld],
+                   ld, 1.0f, &target[from + s.rank_end * ld], ld);
+      }
+    });
+  }
+  for (int64_t i = 0; i < q.n; ++i) {
+    std::copy_n(&placed.codes[i * k], k, &q.codes[c.rows[i] * k]);
+    std::copy_n(&placed.scales[i * groups], groups, &q.scales[c.rows[i] * groups]);
+  }
+}
+
 // Losses of q against the original weights w and the corrected ones, and of plain rounding beside it.
 void measure(const std::vector<float>& w, const std::vector<float>& target, const HessianFactor& f,
              const Team& team, QuantizedLinear& q) {
@@ -100,7 +154,6 @@ QuantizedLinear round_to_nearest(const float* w, const float* weight, int64_t n,
 QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const SolveOptions& o,
                       const Team& team) {
   assert(f.k == p.k);
-  const Levels levels = grid_levels(o.grid);
   QuantizedLinear q = prepare(p.n, p.k, o);
 
   std::vector<float> original(p.w, p.w + p.n * p.k);
@@ -123,25 +176,7 @@ QuantizedLinear solve(const LinearProblem& p, const HessianFactor& f, const Solv
   if ((p.d && o.alpha != 0.0f) || (p.e && o.beta != 0.0f)) {
     if (!add_correction(p, f, o, team, w)) q.fallback = q.kNoCorrection;
   }
-  std::vector<float> work(p.n * p.k);
-  team([&](Part part) {
-    gptq_scales_cpu({w.data(), diagonal.data(), q.scales.data(), q.n, q.k, q.group, levels, o.search}, part);
-  });
-  for_rows(p.n, team, [&](int64_t first, int64_t rows) {
-    permute(&w[first * p.k], f.order, rows, p.k, &work[first * p.k]);
-  });
-  team([&](Part part) {
-    gptq_solve_cpu(
-        {work.data(), f.u.data(), f.order.data(), q.scales.data(), q.codes.data(), q.n, q.k, q.group, levels},
-        part);
-  });
-  if (o.refine) {
-    const GptqRefineArgs refine{w.data(), f.h.data(), q.scales.data(), q.codes.data(),
-                                q.n,      q.k,        q.group,         levels};
-    q.sweeps = refine_codes(
-        refine, o.dither, [&](const GptqRefineArgs& a) { team([&](Part part) { gptq_sweep_cpu(a, part); }); },
-        [&](const GptqRefineArgs& a) { team([&](Part part) { gptq_refit_cpu(a, part); }); });
-  }
+  decide_rows(w, diagonal, f, o, team, q);
   q.damp = f.damp;
   measure(original, w, f, team, q);
   return q;

@@ -151,7 +151,6 @@ class CudaUnitSolver final : public UnitSolver {
       if (!o.rtn) q.fallback = q.kNoFactor;
     } else {
       enter(Stage::kTarget);
-      float* work = work_.take(count);
       const float* d = corrects_ && o.alpha != 0.0f ? d_.get() : nullptr;
       const float* e = residual_ && o.beta != 0.0f ? e_.get() : nullptr;
       if (d || e) {
@@ -160,18 +159,7 @@ class CudaUnitSolver final : public UnitSolver {
         if (!gptq_.correct({target, d, e, u_.get(), order_.get(), inverse_.get(), n_, k_, o.alpha, o.beta}))
           q.fallback = q.kNoCorrection;
       }
-      enter(Stage::kSearch);
-      gptq_scales_cuda({target, diagonal_.get(), scales, n_, k_, q.group, levels, o.search}, stream_);
-      enter(Stage::kSolve);
-      gptq_gather_columns_cuda(target, order_.get(), work, n_, k_, false, stream_);
-      gptq_.solve({work, u_.get(), order_.get(), scales, codes, n_, k_, q.group, levels});
-      if (o.refine) {
-        enter(Stage::kRefine);
-        const GptqRefineArgs refine{target, h_.get(), scales, codes, n_, k_, q.group, levels};
-        q.sweeps = refine_codes(
-            refine, o.dither, [&](const GptqRefineArgs& a) { gptq_.sweep(a); },
-            [&](const GptqRefineArgs& a) { gptq_.refit(a); });
-      }
+      q.sweeps = decide_rows(target, q, o);
       q.damp = f_.damp;
       solved = true;
     }
@@ -191,6 +179,47 @@ class CudaUnitSolver final : public UnitSolver {
     for (int64_t i = 0; i < n_; ++i) q.rows[i].rtn_h = plain[i].error_h;
     solved_ = q;
     return q;
+  }
+
+  // Scales and codes of n rows that stand together. Returns the number of sweeps.
+  int decide(const float* w, int64_t n, const QuantizedLinear& q, const SolveOptions& o, uint16_t* scales, uint8_t* codes) {
+    const Levels levels = grid_levels(q.grid);
+    enter(Stage::kSearch);
+    gptq_scales_cuda({w, diagonal_.get(), scales, n, k_, q.group, levels, o.search}, stream_);
+    enter(Stage::kSolve);
+    float* work = work_.take(n * k_);
+    gptq_gather_columns_cuda(w, order_.get(), work, n, k_, false, stream_);
+    gptq_.solve({work, u_.get(), order_.get(), scales, codes, n, k_, q.group, levels});
+    if (!o.refine) return 0;
+    enter(Stage::kRefine);
+    return refine_codes({w, h_.get(), scales, codes, n, k_, q.group, levels},
+                        o.dither ? dithered_sweeps(n_, k_) : 0,
+                        [&](const GptqRefineArgs& a) { gptq_.sweep(a); }, [&](const GptqRefineArgs& a) { gptq_.refit(a); });
+  }
+
+  // All rows for the target w: at once, or in the steps of their coupling.
+  int decide_rows(const float* w, const QuantizedLinear& q, const SolveOptions& o) {
+    if (!o.coupling || o.coupling->blocks == 0) return decide(w, n_, q, o, scales_.get(), codes_.get());
+    const RowCoupling& c = *o.coupling;
+    const int64_t groups = q.groups(), free = c.free_rows();
+    rows_.upload(c.rows.data(), n_, stream_);
+    feedback_.upload(c.feedback.data(), int64_t(c.feedback.size()), stream_);
+    float *target = placed_.take(n_ * k_), *error = error_.take(n_ * k_);
+    uint16_t* scales = placed_scales_.take(n_ * groups);
+    uint8_t* codes = packed_.take(n_ * k_);
+    gather_rows_cuda(w, rows_.get(), target, n_, k_, stream_);
+    int sweeps = 0;
+    for (const RowCoupling::Step& s : c.steps()) {
+      const int64_t n = s.end - s.begin, at = s.begin * k_;
+      uint16_t* step_scales = scales + s.begin * groups;
+      sweeps = decide(target + at, n, q, o, step_scales, codes + at);
+      gptq_error_cuda({target + at, step_scales, codes + at, n, k_, q.group, grid_levels(q.grid)}, error + at, stream_);
+      gptq_.feed_back({feedback_.get(), error + free * k_, target + free * k_, c.blocks, c.size, s.rank_begin, s.rank_end,
+                       k_});
+    }
+    gptq_scatter_rows_cuda(codes, rows_.get(), codes_.get(), n_, k_, stream_);
+    gptq_scatter_rows_cuda(scales, rows_.get(), scales_.get(), n_, 2 * groups, stream_);
+    return sweeps;
   }
 
   void round(const float* w, const float* weight, bool search, int64_t group, const Levels& l, uint16_t* scales,
@@ -222,7 +251,11 @@ class CudaUnitSolver final : public UnitSolver {
   DeviceArray<uint8_t> dead_;                  // (K)
   DeviceArray<int> flag_;                      // (1)
   DeviceArray<float> target_, work_;           // (N, K) weights: corrected, in the factor's order
-  DeviceArray<uint8_t> codes_, packed_;        // (N, K); packed_ holds the codes of plain rounding as well
+  DeviceArray<float> placed_, error_;          // (N, K) rows in a coupling's order
+  DeviceArray<int32_t> rows_;                  // (N) that order
+  DeviceArray<float> feedback_;                // (blocks, size, size)
+  DeviceArray<uint16_t> placed_scales_;        // (N, G)
+  DeviceArray<uint8_t> codes_, packed_;        // (N, K); packed_ holds the codes of plain rounding and of a coupling too
   DeviceArray<uint16_t> scales_, plain_scales_;  // (N, G)
   QuantizedLinear solved_;                     // without codes and scales
   DeviceArray<RowSums> sums_;                  // (N)

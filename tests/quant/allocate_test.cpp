@@ -103,7 +103,7 @@ TEST_CASE("on a model: finer formats lose less, effects are those of a damaged l
     CHECK(c.candidates.back().format.grid == GridKind::kInt8);
     CHECK(c.candidates.back().target < 0.05 * c.candidates[0].target);
   }
-  measure_effects(m, *backend, cal, all, nullptr);
+  measure_effects(m, *backend, cal, all, true, nullptr);
   for (const UnitChoices& c : all) {
     CHECK(c.effect > 0);
     CHECK(c.alone > 0);

@@ -109,6 +109,34 @@ TEST_CASE("better than rounding; the correction brings the stream nearer to full
   CHECK(whole_error < tiny::quantize(m, &cal, o, 2).blocks[1].output_error);
 }
 
+TEST_CASE("the coupling of rows changes queries and keys and the last output; values stay as they are") {
+  LlamaModel m = tiny::model(true);
+  const Calibration cal = tiny::calibration();
+  QuantizeOptions o;
+  o.solve.dither = false;  // whose random numbers go by the row's place
+  const tiny::Result coupled = tiny::quantize(m, &cal, o, 2);
+  o.couple = false;
+  const tiny::Result alone = tiny::quantize(m, &cal, o, 2);
+  const LlamaConfig& c = m.config;
+  const auto same_rows = [&](size_t unit, int64_t begin, int64_t end) {
+    const WeightView &a = coupled.units[unit].packed.view, &b = alone.units[unit].packed.view;
+    int64_t same = 0;
+    std::vector<float> x(a.k), y(a.k);
+    for (int64_t i = begin; i < end; ++i) {
+      dequantize_rows(a, i, i + 1, x.data());
+      dequantize_rows(b, i, i + 1, y.data());
+      same += x == y;
+    }
+    return same;
+  };
+  const int64_t qk = c.q_dim() + c.kv_dim(), all = qk + c.kv_dim();
+  CHECK(same_rows(0, qk, all) == all - qk);
+  CHECK(same_rows(0, 0, qk) < qk / 2);
+  CHECK(same_rows(size_t(4 * (c.layers - 1) + 3), 0, c.dim) < c.dim / 2);
+  for (const BlockReport& b : coupled.blocks)
+    for (const LinearReport& l : b.linears) CHECK(l.fallback.empty());
+}
+
 TEST_CASE("rotation alone does not change the function: nothing quantised, nothing lost") {
   for (bool tied : {true, false}) {
     LlamaModel m = tiny::model(tied);

@@ -86,7 +86,7 @@ TEST_CASE("dithered sweeps end in a better minimum, on every grid") {
       o.dither = false;
       const QuantizedLinear settled = solve(c.problem(), f, o, one_thread_team);
       CHECK(settled.sweeps == 2);
-      CHECK(dithered.sweeps == 4 + kDitheredSweeps);
+      CHECK(dithered.sweeps == 4 + dithered_sweeps(c.n, c.k));
       CHECK(total(dithered) < total(settled));
     }
   }

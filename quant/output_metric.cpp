@@ -1,0 +1,158 @@
+#include "quant/output_metric.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/dense.h"
+
+namespace q4s {
+namespace {
+
+constexpr int64_t kStride = 16;      // of the queries and keys that stand for all
+constexpr int64_t kHeadRows = 2048;  // of the head at a time
+constexpr int64_t kTokens = 16;      // pieces of work that do not depend on the thread count
+constexpr Transpose kNo = Transpose::kNo, kYes = Transpose::kYes;
+
+// x (rows, hd), each turned by `position` forward, or back.
+void turn(float* x, int64_t rows, int64_t hd, const float* table, bool forward) {
+  const int64_t half = hd / 2;
+  for (int64_t r = 0; r < rows; ++r, x += hd)
+    for (int64_t i = 0; i < half; ++i) {
+      const float c = table[2 * i], s = forward ? table[2 * i + 1] : -table[2 * i + 1], a = x[i], b = x[i + half];
+      x[i] = a * c - b * s;
+      x[i + half] = a * s + b * c;
+    }
+}
+
+// m (hd, hd) += weight * d^T d of d (rows, hd).
+void add_square(const std::vector<float>& d, int64_t rows, int64_t hd, float weight, float* m) {
+  dense_gemm(kYes, kNo, hd, hd, rows, weight, d.data(), hd, d.data(), hd, 1.0f, m, hd);
+}
+
+// The weights (L, L) of one head's attention over keys k (L, hd), queries q (L, hd); what a query does not see is 0.
+void attention_weights(const float* q, const float* k, int64_t length, int64_t hd, float* a) {
+  dense_gemm(kNo, kYes, length, length, hd, 1.0f / std::sqrt(float(hd)), q, hd, k, hd, 0.0f, a, length);
+  for (int64_t p = 0; p < length; ++p, a += length) {
+    const float top = *std::max_element(a, a + p + 1);
+    float sum = 0;
+    for (int64_t t = 0; t <= p; ++t) sum += a[t] = std::exp(a[t] - top);
+    for (int64_t t = 0; t <= p; ++t) a[t] /= sum;
+    std::fill(a + p + 1, a + length, 0.0f);
+  }
+}
+
+}  // namespace
+
+std::vector<float> attention_metric(const LlamaConfig& c, const std::vector<float>& qk, int64_t sequences,
+                                    int64_t seq_len, const Team& team) {
+  const int64_t hd = c.head_dim, width = c.q_dim() + c.kv_dim(), shared = c.heads / c.kv_heads, length = seq_len;
+  const std::vector<float> rope = rope_table(c, length);
+  std::vector<float> metric((c.heads + c.kv_heads) * hd * hd);
+  team([&](Part part) {
+    const auto [first, last] = part.of(c.kv_heads);
+    std::vector<float> q(length * hd), k(length * hd), a(length * length), d(length * hd), mean(hd);
+    for (int64_t g = first; g < last; ++g)
+      for (int64_t s = 0; s < sequences; ++s) {
+        const auto take = [&](int64_t column, std::vector<float>& to) {
+          for (int64_t p = 0; p < length; ++p) {
+            std::copy_n(&qk[(s * length + p) * width + column], hd, &to[p * hd]);
+            turn(&to[p * hd], 1, hd, &rope[p * hd], true);
+          }
+        };
+        take(c.q_dim() + g * hd, k);
+        for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
+          take(h * hd, q);
+          attention_weights(q.data(), k.data(), length, hd, a.data());
+          for (int64_t p = kStride / 2; p < length; p += kStride) {
+            const float* weight = &a[p * length];
+            std::fill(mean.begin(), mean.end(), 0.0f);
+            for (int64_t t = 0; t <= p; ++t)
+              for (int64_t i = 0; i < hd; ++i) mean[i] += weight[t] * k[t * hd + i];
+            for (int64_t t = 0; t <= p; ++t)
+              for (int64_t i = 0; i < hd; ++i) d[t * hd + i] = std::sqrt(weight[t]) * (k[t * hd + i] - mean[i]);
+            turn(d.data(), p + 1, hd, &rope[p * hd], false);
+            add_square(d, p + 1, hd, 1.0f, &metric[h * hd * hd]);
+          }
+          for (int64_t t = 0; t < length; t += kStride) {
+            for (int64_t p = t; p < length; ++p) {
+              const float w = a[p * length + t], root = std::sqrt(w * (1 - w));
+              for (int64_t i = 0; i < hd; ++i) d[(p - t) * hd + i] = root * q[p * hd + i];
+            }
+            turn(d.data(), length - t, hd, &rope[t * hd], false);
+            add_square(d, length - t, hd, t == 0 ? 1.0f : float(kStride), &metric[(c.heads + g) * hd * hd]);
+          }
+        }
+      }
+  });
+  return metric;
+}
+
+std::vector<float> logit_metric(const LlamaConfig& c, std::vector<float> x, const std::vector<float>& gain,
+                                const std::function<void(int64_t, int64_t, float*)>& head, const Team& team) {
+  const int64_t d = c.dim, v = c.vocab, tokens = int64_t(x.size()) / d;
+  std::vector<float> weight(tokens);  // 1 / rms^2 over the number of tokens
+  for (int64_t t = 0; t < tokens; ++t) {
+    double squares = 0;
+    for (int64_t i = 0; i < d; ++i) squares += double(x[t * d + i]) * x[t * d + i];
+    const double scale = 1 / (squares / double(d) + double(c.eps));
+    weight[t] = float(scale / double(tokens));
+    for (int64_t i = 0; i < d; ++i) x[t * d + i] *= float(std::sqrt(scale)) * gain[i];
+  }
+  std::vector<float> p(tokens * v), rows(std::min(v, kHeadRows) * d);
+  const auto for_head = [&](const std::function<void(int64_t begin, int64_t count)>& fn) {
+    for (int64_t begin = 0; begin < v; begin += kHeadRows) {
+      const int64_t count = std::min(kHeadRows, v - begin);
+      head(begin, begin + count, rows.data());
+      fn(begin, count);
+    }
+  };
+  const auto for_tokens = [&](const std::function<void(int64_t t, int64_t n)>& fn) {
+    team([&](Part part) {
+      const auto [first, last] = part.of(tokens, kTokens);
+      for (int64_t t = first; t < last; t += kTokens) fn(t, std::min(kTokens, tokens - t));
+    });
+  };
+  for_head([&](int64_t begin, int64_t count) {
+    for_tokens([&](int64_t t, int64_t n) {
+      dense_gemm(kNo, kYes, n, count, d, 1.0f, &x[t * d], d, rows.data(), d, 0.0f, &p[t * v + begin], v);
+    });
+  });
+  for_tokens([&](int64_t first, int64_t n) {
+    for (int64_t t = first; t < first + n; ++t) {
+      float* row = &p[t * v];
+      const float top = *std::max_element(row, row + v);
+      double sum = 0;
+      for (int64_t i = 0; i < v; ++i) sum += row[i] = std::exp(row[i] - top);
+      for (int64_t i = 0; i < v; ++i) row[i] = float(row[i] / sum);
+    }
+  });
+  // sum over the vocabulary of (weighted sum of p) E E^T, less that of the means E^T p of every token.
+  std::vector<float> metric(d * d), mean(tokens * d);
+  for_head([&](int64_t begin, int64_t count) {
+    for_tokens([&](int64_t t, int64_t n) {
+      dense_gemm(kNo, kNo, n, d, count, 1.0f, &p[t * v + begin], v, rows.data(), d, begin ? 1.0f : 0.0f, &mean[t * d], d);
+    });
+    std::vector<float> scaled(count * d);
+    for (int64_t i = 0; i < count; ++i) {
+      double sum = 0;
+      for (int64_t t = 0; t < tokens; ++t) sum += double(weight[t]) * p[t * v + begin + i];
+      for (int64_t j = 0; j < d; ++j) scaled[i * d + j] = float(sum) * rows[i * d + j];
+    }
+    team([&](Part part) {
+      const auto [first, last] = part.of(d, kTokens);
+      for (int64_t i = first; i < last; i += kTokens)
+        dense_gemm(kYes, kNo, std::min(kTokens, d - i), d, count, 1.0f, &rows[i], d, scaled.data(), d, 1.0f,
+                   &metric[i * d], d);
+    });
+  });
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t j = 0; j < d; ++j) mean[t * d + j] *= std::sqrt(weight[t]);
+  dense_gemm(kYes, kNo, d, d, tokens, -1.0f, mean.data(), d, mean.data(), d, 1.0f, metric.data(), d);
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) metric[i * d + j] *= gain[i] * gain[j];
+  for (int64_t i = 0; i < d; ++i)  // the products round the two halves differently
+    for (int64_t j = 0; j < i; ++j) metric[i * d + j] = metric[j * d + i];
+  return metric;
+}
+
+}  // namespace q4s
