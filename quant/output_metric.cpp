@@ -47,43 +47,52 @@ std::vector<float> attention_metric(const LlamaConfig& c, const std::vector<floa
                                     int64_t seq_len, const Team& team) {
   const int64_t hd = c.head_dim, width = c.q_dim() + c.kv_dim(), shared = c.heads / c.kv_heads, length = seq_len;
   const std::vector<float> rope = rope_table(c, length);
-  std::vector<float> metric((c.heads + c.kv_heads) * hd * hd);
+  const int64_t square = hd * hd, items = c.kv_heads * sequences;
+  // One group of heads on one sequence each: its heads' queries, then its keys.
+  std::vector<std::vector<float>> parts(items, std::vector<float>((shared + 1) * square));
   team([&](Part part) {
-    const auto [first, last] = part.of(c.kv_heads);
+    const auto [first, last] = part.of(items);
     std::vector<float> q(length * hd), k(length * hd), a(length * length), d(length * hd), mean(hd);
-    for (int64_t g = first; g < last; ++g)
-      for (int64_t s = 0; s < sequences; ++s) {
-        const auto take = [&](int64_t column, std::vector<float>& to) {
-          for (int64_t p = 0; p < length; ++p) {
-            std::copy_n(&qk[(s * length + p) * width + column], hd, &to[p * hd]);
-            turn(&to[p * hd], 1, hd, &rope[p * hd], true);
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t g = item % c.kv_heads, s = item / c.kv_heads;
+      const auto take = [&](int64_t column, std::vector<float>& to) {
+        for (int64_t p = 0; p < length; ++p) {
+          std::copy_n(&qk[(s * length + p) * width + column], hd, &to[p * hd]);
+          turn(&to[p * hd], 1, hd, &rope[p * hd], true);
+        }
+      };
+      take(c.q_dim() + g * hd, k);
+      for (int64_t h = 0; h < shared; ++h) {
+        take((g * shared + h) * hd, q);
+        attention_weights(q.data(), k.data(), length, hd, a.data());
+        for (int64_t p = kStride / 2; p < length; p += kStride) {
+          const float* weight = &a[p * length];
+          std::fill(mean.begin(), mean.end(), 0.0f);
+          for (int64_t t = 0; t <= p; ++t)
+            for (int64_t i = 0; i < hd; ++i) mean[i] += weight[t] * k[t * hd + i];
+          for (int64_t t = 0; t <= p; ++t)
+            for (int64_t i = 0; i < hd; ++i) d[t * hd + i] = std::sqrt(weight[t]) * (k[t * hd + i] - mean[i]);
+          turn(d.data(), p + 1, hd, &rope[p * hd], false);
+          add_square(d, p + 1, hd, 1.0f, &parts[item][h * square]);
+        }
+        for (int64_t t = 0; t < length; t += kStride) {
+          for (int64_t p = t; p < length; ++p) {
+            const float w = a[p * length + t], root = std::sqrt(w * (1 - w));
+            for (int64_t i = 0; i < hd; ++i) d[(p - t) * hd + i] = root * q[p * hd + i];
           }
-        };
-        take(c.q_dim() + g * hd, k);
-        for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
-          take(h * hd, q);
-          attention_weights(q.data(), k.data(), length, hd, a.data());
-          for (int64_t p = kStride / 2; p < length; p += kStride) {
-            const float* weight = &a[p * length];
-            std::fill(mean.begin(), mean.end(), 0.0f);
-            for (int64_t t = 0; t <= p; ++t)
-              for (int64_t i = 0; i < hd; ++i) mean[i] += weight[t] * k[t * hd + i];
-            for (int64_t t = 0; t <= p; ++t)
-              for (int64_t i = 0; i < hd; ++i) d[t * hd + i] = std::sqrt(weight[t]) * (k[t * hd + i] - mean[i]);
-            turn(d.data(), p + 1, hd, &rope[p * hd], false);
-            add_square(d, p + 1, hd, 1.0f, &metric[h * hd * hd]);
-          }
-          for (int64_t t = 0; t < length; t += kStride) {
-            for (int64_t p = t; p < length; ++p) {
-              const float w = a[p * length + t], root = std::sqrt(w * (1 - w));
-              for (int64_t i = 0; i < hd; ++i) d[(p - t) * hd + i] = root * q[p * hd + i];
-            }
-            turn(d.data(), length - t, hd, &rope[t * hd], false);
-            add_square(d, length - t, hd, t == 0 ? 1.0f : float(kStride), &metric[(c.heads + g) * hd * hd]);
-          }
+          turn(d.data(), length - t, hd, &rope[t * hd], false);
+          add_square(d, length - t, hd, t == 0 ? 1.0f : float(kStride), &parts[item][shared * square]);
         }
       }
+    }
   });
+  std::vector<float> metric((c.heads + c.kv_heads) * square);
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t g = item % c.kv_heads;
+    const std::vector<float>& from = parts[item];
+    for (int64_t i = 0; i < shared * square; ++i) metric[g * shared * square + i] += from[i];
+    for (int64_t i = 0; i < square; ++i) metric[(c.heads + g) * square + i] += from[shared * square + i];
+  }
   return metric;
 }
 
