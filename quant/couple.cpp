@@ -10,7 +10,6 @@
 namespace q4s {
 namespace {
 
-constexpr int64_t kPositions = 512;     // of a sequence, at most
 constexpr int64_t kOutputTokens = 512;  // at most
 constexpr int64_t kTokens = 64;         // a piece of work
 
@@ -24,7 +23,7 @@ std::vector<float> read(Backend& b, const float* from, int64_t count) {
 
 RowCoupling couple_attention(const LlamaConfig& c, Backend& backend, const float* in, const float* w, int64_t sequences,
                              int64_t seq_len, const Team& team) {
-  const int64_t d = c.dim, rows = c.q_dim() + c.kv_dim(), length = std::min(seq_len, kPositions);
+  const int64_t d = c.dim, rows = c.q_dim() + c.kv_dim(), length = std::min(seq_len, coupling_positions(c));
   const std::vector<float> x = read(backend, in, sequences * seq_len * d), weights = read(backend, w, rows * d);
   std::vector<float> qk(sequences * length * rows);
   team([&](Part part) {

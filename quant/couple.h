@@ -7,8 +7,10 @@
 
 namespace q4s {
 
-// Sequences whose activations the metrics are made of, at most: their products are the host's work.
+// The sequences whose activations the metrics are made of, at most so many, and of each so many positions: few, since
+// their products are the host's work.
 inline int64_t coupling_sequences(const LlamaConfig& c) { return c.dim > 2048 ? 2 : 4; }
+inline int64_t coupling_positions(const LlamaConfig& c) { return c.dim > 2048 ? 256 : 512; }
 
 // Queries and keys of a block: in (sequences * seq_len, D) the full-precision model's inputs of qkv, w (N, D) its
 // weights. Values are free.

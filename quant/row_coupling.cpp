@@ -41,14 +41,24 @@ RowCoupling couple_rows(const std::vector<float>& metric, int64_t blocks, int64_
   RowCoupling c{blocks, size, std::vector<int32_t>(n), std::vector<float>(metric.size())};
   const int64_t free = c.free_rows();
   for (int64_t i = 0; i < free; ++i) c.rows[i] = int32_t(blocks * size + i);
-  for (int64_t b = 0; b < blocks; ++b) {
+  std::vector<uint8_t> ok(blocks);
+  const auto couple = [&](int64_t b, const Team& workers) {
     const auto begin = metric.begin() + b * size * size;
-    const HessianFactor f = factor_hessian({begin, begin + size * size}, size, kDamp, true, team);
-    if (!f.ok()) return {};
+    const HessianFactor f = factor_hessian({begin, begin + size * size}, size, kDamp, true, workers);
+    if (!(ok[b] = f.ok())) return;
     for (int64_t rank = 0; rank < size; ++rank)
       c.rows[free + rank * blocks + b] = int32_t(b * size + f.order[rank]);
     fill_feedback(f.u, size, &c.feedback[b * size * size]);
+  };
+  if (blocks == 1) {
+    couple(0, team);
+  } else {
+    team([&](Part part) {
+      const auto [first, last] = part.of(blocks);
+      for (int64_t b = first; b < last; ++b) couple(b, one_thread_team);
+    });
   }
+  if (!std::all_of(ok.begin(), ok.end(), [](uint8_t v) { return v != 0; })) return {};
   return c;
 }
 
