@@ -1,4 +1,4 @@
-// The PTX instructions of the decode kernels: asynchronous copies, cluster memory, warp products. Device code
+// The PTX instructions of the decode kernels: asynchronous copies, warp products. Device code
 // only.
 #pragma once
 #include <cuda_fp16.h>
@@ -55,22 +55,6 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
       "@!done bra AGAIN;\n}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
-#endif
-}
-
-// A float in the shared memory of another block of the cluster, at the address it has here.
-__device__ inline float cluster_read(const float* p, int rank) {
-  float v = 0;
-#ifdef Q4S_HOPPER
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
-#endif
-  return v;
-}
-__device__ inline void cluster_sync() {
-#ifdef Q4S_HOPPER
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 

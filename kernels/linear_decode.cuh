@@ -245,6 +245,9 @@ void launch_linear_decode(const LinearDecodeArgs& a, cudaStream_t stream, bool p
   }
   p.config = linear_decode_config(l, int(a.tokens), a.gain, device_facts().multiprocessors,
                                   device_facts().shared_bytes);
+  // More than half of a multiprocessor's: where two blocks fit one, any smaller kernel between makes some get
+  // two and others none, for the rest of the step.
+  const size_t shared = size_t(std::max(p.config.shared, device_facts().shared_bytes / 2 + 1));
   for (int t = 0; t < int(a.tokens); t += p.config.tokens) {
     LinearDecodeParams q = p;
     q.tokens = std::min(p.config.tokens, int(a.tokens) - t);
@@ -257,8 +260,8 @@ void launch_linear_decode(const LinearDecodeArgs& a, cudaStream_t stream, bool p
     const auto kernel = q.tokens == 1   ? linear_decode_kernel<Tile, kScales, 1>
                         : q.tokens <= 8 ? linear_decode_kernel<Tile, kScales, 8>
                                         : linear_decode_kernel<Tile, kScales, 16>;
-    launch("linear_decode", kernel, dim3(unsigned(q.config.blocks)), kDecodeWarps * 32,
-           size_t(q.config.shared), 1, pdl, stream, q);
+    launch("linear_decode", kernel, dim3(unsigned(q.config.blocks)), kDecodeWarps * 32, shared, 1, pdl, stream,
+           q);
   }
 }
 
