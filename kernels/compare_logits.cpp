@@ -7,7 +7,8 @@
 namespace q4s {
 namespace {
 
-// Compiled once for each generation of vector units and chosen when the program starts, as in kernels/gptq.cpp.
+// Compiled once for each generation of vector units and chosen when the program starts, as in
+// kernels/gptq.cpp.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define Q4S_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

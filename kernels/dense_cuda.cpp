@@ -62,8 +62,8 @@ size_t DenseCuda::scratch_bytes(const DeviceMatrix& m, int64_t tokens) {
   return kWorkspace + operands * aligned(operand) + aligned(panel);
 }
 
-void DenseCuda::product_f16(const void* x, const DeviceMatrix& w, const float* residual, float* y, int64_t tokens,
-                            std::byte* panel) {
+void DenseCuda::product_f16(const void* x, const DeviceMatrix& w, const float* residual, float* y,
+                            int64_t tokens, std::byte* panel) {
   const int64_t n = w.view.n, k = w.view.k;
   if (residual && residual != y) copy_cuda(residual, y, tokens * n, stream_);
   const bool add = residual != nullptr;
@@ -75,8 +75,8 @@ void DenseCuda::product_f16(const void* x, const DeviceMatrix& w, const float* r
   }
 }
 
-void DenseCuda::norm_linear(const float* x, const float* gain, float eps, const DeviceMatrix& w, const float* residual,
-                            float* y, int64_t tokens, std::byte* scratch) {
+void DenseCuda::norm_linear(const float* x, const float* gain, float eps, const DeviceMatrix& w,
+                            const float* residual, float* y, int64_t tokens, std::byte* scratch) {
   if (tokens == 0) return;
   const int64_t k = w.view.k;
   check(cublasSetWorkspace(library_->handle, scratch, kWorkspace), "cublasSetWorkspace");
@@ -85,8 +85,8 @@ void DenseCuda::norm_linear(const float* x, const float* gain, float eps, const 
   product_f16(operand, w, residual, y, tokens, operand + aligned(tokens * k * 2));
 }
 
-void DenseCuda::linear_f16(const void* x, const DeviceMatrix& w, const float* residual, float* y, int64_t tokens,
-                           std::byte* scratch) {
+void DenseCuda::linear_f16(const void* x, const DeviceMatrix& w, const float* residual, float* y,
+                           int64_t tokens, std::byte* scratch) {
   if (tokens == 0) return;
   check(cublasSetWorkspace(library_->handle, scratch, kWorkspace), "cublasSetWorkspace");
   product_f16(x, w, residual, y, tokens, scratch + kWorkspace + aligned(tokens * w.view.k * 2));

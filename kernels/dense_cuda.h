@@ -22,9 +22,10 @@ class DenseCuda {
   // y (T, N) = x (T, K) W^T (+ residual (T, N), which may be y). The same bits every run.
   void linear(const float* x, const DeviceMatrix& w, const float* residual, float* y, int64_t tokens,
               std::byte* scratch);
-  // The same of x normalised by its root mean square and times gain (K), for weights that are multiplied in fp16.
-  void norm_linear(const float* x, const float* gain, float eps, const DeviceMatrix& w, const float* residual, float* y,
-                   int64_t tokens, std::byte* scratch);
+  // The same of x normalised by its root mean square and times gain (K), for weights that are multiplied in
+  // fp16.
+  void norm_linear(const float* x, const float* gain, float eps, const DeviceMatrix& w, const float* residual,
+                   float* y, int64_t tokens, std::byte* scratch);
   // The same of x that is fp16 already, for such weights.
   void linear_f16(const void* x, const DeviceMatrix& w, const float* residual, float* y, int64_t tokens,
                   std::byte* scratch);

@@ -1,5 +1,5 @@
-// The quantiser's steps on the CPU: the definition. Work is cut into fixed chunks of rows, and every product is
-// made chunk by chunk, so that the result is the same bits for every thread count.
+// The quantiser's steps on the CPU: the definition. Work is cut into fixed chunks of rows, and every product
+// is made chunk by chunk, so that the result is the same bits for every thread count.
 #include "kernels/gptq.h"
 
 #include <cmath>
@@ -12,15 +12,16 @@
 namespace q4s {
 namespace {
 
-// The inner loops, compiled once for each generation of vector units and chosen when the program starts. Products
-// and sums are never fused, so all of them give the same bits. (The thread sanitizer breaks the choosing.)
+// The inner loops, compiled once for each generation of vector units and chosen when the program starts.
+// Products and sums are never fused, so all of them give the same bits. (The thread sanitizer breaks the
+// choosing.)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define Q4S_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define Q4S_WIDE
 #endif
 
-constexpr int64_t kRows = 96;       // rows of a chunk: enough for an efficient product, few enough to stay in L2
+constexpr int64_t kRows = 96;  // rows of a chunk: enough for an efficient product, few enough to stay in L2
 constexpr int64_t kGramRows = 144;  // of a sum over tokens, where the longer product pays for more
 
 // fn(first row, number of rows) for every chunk of this part.
@@ -34,8 +35,8 @@ constexpr int kMultiples = 71;  // 0.50 .. 1.20
 constexpr int kLanes = 16;      // candidates judged together; their lists are padded to a multiple
 
 // Errors of the candidate scales (C, a multiple of kLanes) on w (K); see GptqScalesArgs.
-Q4S_WIDE void judge(const float* w, const float* weight, int64_t k, const Levels& l, const float* scale, float* error,
-                    int candidates) {
+Q4S_WIDE void judge(const float* w, const float* weight, int64_t k, const Levels& l, const float* scale,
+                    float* error, int candidates) {
   typedef float Lanes __attribute__((vector_size(4 * kLanes)));
   const Lanes low = Lanes{} + float(l.low), high = Lanes{} + float(l.high), shift = Lanes{} + l.shift;
   for (int c = 0; c < candidates; c += kLanes) {
@@ -121,7 +122,8 @@ double dot(const float* a, const float* b, int64_t k) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Solves the symmetric positive definite M (G, G; lower triangle, overwritten) s = b in place. False: not definite.
+// Solves the symmetric positive definite M (G, G; lower triangle, overwritten) s = b in place. False: not
+// definite.
 bool solve_small(double* m, double* b, int64_t g) {
   for (int64_t j = 0; j < g; ++j) {
     for (int64_t i = j; i < g; ++i) {
@@ -174,7 +176,8 @@ bool refit_row(std::vector<double>& m, std::vector<double>& b, uint16_t* scales,
     rounded[i] = float_to_half(float(next[i]));
     next[i] = half_to_float(rounded[i]);
   }
-  if (!(quadratic(m.data(), b.data(), next.data(), g) < quadratic(m.data(), b.data(), old.data(), g))) return false;
+  if (!(quadratic(m.data(), b.data(), next.data(), g) < quadratic(m.data(), b.data(), old.data(), g)))
+    return false;
   std::copy(rounded.begin(), rounded.end(), scales);
   return true;
 }
@@ -187,8 +190,8 @@ void gptq_gram_cpu(const GptqGramArgs& a, Part part) {
     const int64_t turn = p % part.count, i = p * kGramRows;
     if ((p / part.count % 2 == 0 ? turn : part.count - 1 - turn) != part.index) continue;
     const int64_t rows = std::min(kGramRows, a.m - i), first = a.upper ? i : 0;
-    dense_gemm(Transpose::kYes, Transpose::kNo, rows, a.k - first, a.tokens, a.factor, a.a + i, a.m, a.b + first,
-               a.k, 1.0f, a.c + i * a.k + first, a.k);
+    dense_gemm(Transpose::kYes, Transpose::kNo, rows, a.k - first, a.tokens, a.factor, a.a + i, a.m,
+               a.b + first, a.k, 1.0f, a.c + i * a.k + first, a.k);
   }
 }
 
@@ -261,7 +264,8 @@ void gptq_sweep_cpu(const GptqRefineArgs& a, Part part) {
     for (int64_t r = 0; r < rows; ++r)
       row_error(a.w + (first + r) * k, a.scales + (first + r) * groups, a.codes + (first + r) * k, k, a.group,
                 a.levels, &error[r * k]);
-    dense_gemm(Transpose::kNo, Transpose::kNo, rows, k, k, 1.0f, error.data(), k, a.h, k, 0.0f, gradient.data(), k);
+    dense_gemm(Transpose::kNo, Transpose::kNo, rows, k, k, 1.0f, error.data(), k, a.h, k, 0.0f,
+               gradient.data(), k);
     for (int64_t r = 0; r < rows; ++r) {
       float* g = &gradient[r * k];
       uint8_t* codes = a.codes + (first + r) * k;
@@ -294,7 +298,8 @@ void gptq_refit_cpu(const GptqRefineArgs& a, Part part) {
     std::vector<std::vector<double>> m(rows, std::vector<double>(groups * groups)),
         b(rows, std::vector<double>(groups));
     for (int64_t r = 0; r < rows; ++r) row_levels(a.codes + (first + r) * k, k, a.levels, &levels[r * k]);
-    dense_gemm(Transpose::kNo, Transpose::kNo, rows, k, k, 1.0f, a.w + first * k, k, a.h, k, 0.0f, product.data(), k);
+    dense_gemm(Transpose::kNo, Transpose::kNo, rows, k, k, 1.0f, a.w + first * k, k, a.h, k, 0.0f,
+               product.data(), k);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * a.group, size = std::min(a.group, k - begin);
       for (int64_t r = 0; r < rows; ++r) b[r][g] = dot(&product[r * k + begin], &levels[r * k + begin], size);
@@ -319,12 +324,13 @@ void gptq_loss_cpu(const GptqLossArgs& a, Part part) {
     const float* w = a.w + first * k;
     std::vector<float> error(rows * k), error_h(rows * k), weight_h(rows * k);
     for (int64_t i = 0; i < rows * k; ++i) error[i] = w[i] - a.q[first * k + i];
-    dense_gemm(Transpose::kNo, Transpose::kNo, rows, k, k, 1.0f, error.data(), k, a.h, k, 0.0f, error_h.data(), k);
+    dense_gemm(Transpose::kNo, Transpose::kNo, rows, k, k, 1.0f, error.data(), k, a.h, k, 0.0f,
+               error_h.data(), k);
     dense_gemm(Transpose::kNo, Transpose::kNo, rows, k, k, 1.0f, w, k, a.h, k, 0.0f, weight_h.data(), k);
     for (int64_t r = 0; r < rows; ++r) {
       const float* e = &error[r * k];
-      RowSums sums{dot(e, &error_h[r * k], k), dot(e, e, k), dot(w + r * k, &weight_h[r * k], k),
-                   dot(w + r * k, w + r * k, k), 0.0, 0.0f};
+      RowSums sums{dot(e, &error_h[r * k], k),   dot(e, e, k), dot(w + r * k, &weight_h[r * k], k),
+                   dot(w + r * k, w + r * k, k), 0.0,          0.0f};
       for (int64_t j = 0; j < k; ++j) {
         sums.error_max = std::max(sums.error_max, std::fabs(e[j]));
         sums.error_abs += std::fabs(e[j]);

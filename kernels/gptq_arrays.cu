@@ -16,8 +16,8 @@ dim3 grid_of(int64_t n, int64_t k) {
   return dim3(unsigned(ceil_div(k, kThreads)), unsigned(std::max<int64_t>(1, std::min<int64_t>(n, 8192))));
 }
 
-__global__ void __launch_bounds__(kThreads) begin_kernel(const float* h, const int32_t* order, double* a, double* b,
-                                                       int64_t k) {
+__global__ void __launch_bounds__(kThreads)
+    begin_kernel(const float* h, const int32_t* order, double* a, double* b, int64_t k) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= k) return;
   for (int64_t i = blockIdx.y; i < k; i += gridDim.y) {
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kThreads) end_kernel(const double* b, float* u
   }
 }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(const float* in, const int32_t* index, float* out, int64_t n,
-                                                        int64_t k, bool add) {
+__global__ void __launch_bounds__(kThreads)
+    gather_kernel(const float* in, const int32_t* index, float* out, int64_t n, int64_t k, bool add) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= k) return;
   const int64_t from = index[j];
@@ -45,14 +45,15 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const float* in, const
     out[i * k + j] = add ? out[i * k + j] + in[i * k + from] : in[i * k + from];
 }
 
-__global__ void __launch_bounds__(kThreads) scatter_kernel(const uint8_t* from, const int32_t* index, uint8_t* to,
-                                                         int64_t n, int64_t bytes) {
+__global__ void __launch_bounds__(kThreads)
+    scatter_kernel(const uint8_t* from, const int32_t* index, uint8_t* to, int64_t n, int64_t bytes) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= bytes) return;
   for (int64_t i = blockIdx.y; i < n; i += gridDim.y) to[index[i] * bytes + j] = from[i * bytes + j];
 }
 
-__global__ void __launch_bounds__(kThreads) clear_kernel(float* w, const uint8_t* dead, int64_t n, int64_t k) {
+__global__ void __launch_bounds__(kThreads)
+    clear_kernel(float* w, const uint8_t* dead, int64_t n, int64_t k) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= k || !dead[j]) return;
   for (int64_t i = blockIdx.y; i < n; i += gridDim.y) w[i * k + j] = 0.0f;
@@ -66,7 +67,8 @@ __global__ void __launch_bounds__(kThreads) mirror_kernel(float* h, int64_t k) {
   for (int r = threadIdx.x / kTile; r < kTile; r += kThreads / kTile)
     if (y + r < k && x + c < k) tile[r][c] = h[(y + r) * k + x + c];
   __syncthreads();
-  for (int r = threadIdx.x / kTile; r < kTile; r += kThreads / kTile)  // row x + r, column y + c of the lower half
+  for (int r = threadIdx.x / kTile; r < kTile;
+       r += kThreads / kTile)  // row x + r, column y + c of the lower half
     if (x + r < k && y + c < k && x + r > y + c) h[(x + r) * k + y + c] = tile[c][r];
 }
 
@@ -79,38 +81,42 @@ __global__ void __launch_bounds__(kThreads) diagonal_kernel(float* h, float* dia
     diagonal[j] = h[j * (k + 1)];
 }
 
-__global__ void __launch_bounds__(kThreads) finite_kernel(const float* v, int64_t count, float limit, int* bad) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads)
+__global__ void __launch_bounds__(kThreads)
+    finite_kernel(const float* v, int64_t count, float limit, int* bad) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * kThreads)
     if (!(fabsf(v[i]) <= limit)) *bad = 1;
 }
 
-__global__ void __launch_bounds__(kThreads) half_kernel(const float* x, const float* minus, float scale, int64_t tokens,
-                                                      int64_t k, __half* y, int64_t ld) {
+__global__ void __launch_bounds__(kThreads) half_kernel(const float* x, const float* minus, float scale,
+                                                        int64_t tokens, int64_t k, __half* y, int64_t ld) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= ld) return;
   for (int64_t t = blockIdx.y; t < tokens; t += gridDim.y) {
     float v = 0;
     if (j < k) v = scale * (minus ? x[t * k + j] - minus[t * k + j] : x[t * k + j]);
-    y[t * ld + j] = __float2half_rn(v != v ? v : fminf(fmaxf(v, -kMostHalf), kMostHalf));  // NaN is to be seen
+    y[t * ld + j] =
+        __float2half_rn(v != v ? v : fminf(fmaxf(v, -kMostHalf), kMostHalf));  // NaN is to be seen
   }
 }
 
 }  // namespace
 
-void gptq_factor_begin_cuda(const float* h, const int32_t* order, double* a, double* b, int64_t k, cudaStream_t stream) {
+void gptq_factor_begin_cuda(const float* h, const int32_t* order, double* a, double* b, int64_t k,
+                            cudaStream_t stream) {
   launch("factor", begin_kernel, grid_of(k, k), kThreads, 0, 1, false, stream, h, order, a, b, k);
 }
 void gptq_factor_end_cuda(const double* b, float* u, int* bad, int64_t k, cudaStream_t stream) {
   launch("factor", end_kernel, grid_of(k, k), kThreads, 0, 1, false, stream, b, u, bad, k);
 }
-void gptq_gather_columns_cuda(const float* in, const int32_t* index, float* out, int64_t n, int64_t k, bool add,
-                              cudaStream_t stream) {
+void gptq_gather_columns_cuda(const float* in, const int32_t* index, float* out, int64_t n, int64_t k,
+                              bool add, cudaStream_t stream) {
   launch("columns", gather_kernel, grid_of(n, k), kThreads, 0, 1, false, stream, in, index, out, n, k, add);
 }
 void gptq_scatter_rows_cuda(const void* from, const int32_t* index, void* to, int64_t n, int64_t bytes,
                             cudaStream_t stream) {
-  launch("rows", scatter_kernel, grid_of(n, bytes), kThreads, 0, 1, false, stream, static_cast<const uint8_t*>(from),
-         index, static_cast<uint8_t*>(to), n, bytes);
+  launch("rows", scatter_kernel, grid_of(n, bytes), kThreads, 0, 1, false, stream,
+         static_cast<const uint8_t*>(from), index, static_cast<uint8_t*>(to), n, bytes);
 }
 void gptq_clear_columns_cuda(float* w, const uint8_t* dead, int64_t n, int64_t k, cudaStream_t stream) {
   launch("columns", clear_kernel, grid_of(n, k), kThreads, 0, 1, false, stream, w, dead, n, k);
@@ -120,16 +126,17 @@ void gptq_mirror_cuda(float* h, int64_t k, cudaStream_t stream) {
   launch("mirror", mirror_kernel, dim3(tiles, tiles), kThreads, 0, 1, false, stream, h, k);
 }
 void gptq_diagonal_cuda(float* h, float* diagonal, int64_t k, bool set, cudaStream_t stream) {
-  launch("diagonal", diagonal_kernel, unsigned(ceil_div(k, kThreads)), kThreads, 0, 1, false, stream, h, diagonal, k, set);
+  launch("diagonal", diagonal_kernel, unsigned(ceil_div(k, kThreads)), kThreads, 0, 1, false, stream, h,
+         diagonal, k, set);
 }
 void gptq_finite_cuda(const float* v, int64_t count, float limit, int* bad, cudaStream_t stream) {
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(count, kThreads), 2048));
   launch("finite", finite_kernel, blocks, kThreads, 0, 1, false, stream, v, count, limit, bad);
 }
-void gptq_to_half_cuda(const float* x, const float* minus, float scale, int64_t tokens, int64_t k, void* y, int64_t ld,
-                       cudaStream_t stream) {
-  launch("to_half", half_kernel, grid_of(tokens, ld), kThreads, 0, 1, false, stream, x, minus, scale, tokens, k,
-         static_cast<__half*>(y), ld);
+void gptq_to_half_cuda(const float* x, const float* minus, float scale, int64_t tokens, int64_t k, void* y,
+                       int64_t ld, cudaStream_t stream) {
+  launch("to_half", half_kernel, grid_of(tokens, ld), kThreads, 0, 1, false, stream, x, minus, scale, tokens,
+         k, static_cast<__half*>(y), ld);
 }
 
 }  // namespace q4s

@@ -16,9 +16,9 @@
 namespace q4s {
 namespace {
 
-constexpr float kDifferenceScale = 16;                    // a power of two: costs no bits
-constexpr int64_t kSystemBytes = int64_t(512) << 20;      // of the refit's systems at a time
-constexpr size_t kWorkspace = 32 << 20;                   // what the library recommends for this chip
+constexpr float kDifferenceScale = 16;                // a power of two: costs no bits
+constexpr int64_t kSystemBytes = int64_t(512) << 20;  // of the refit's systems at a time
+constexpr size_t kWorkspace = 32 << 20;               // what the library recommends for this chip
 
 void check(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS)
@@ -76,20 +76,20 @@ struct GptqCuda::State {
   void product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
                const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
     if (m == 0 || n == 0 || k == 0) return;
-    check(cublasSgemm(blas, op(tb), op(ta), int(n), int(m), int(k), &alpha, b, int(ldb), a, int(lda), &beta, c,
-                      int(ldc)),
+    check(cublasSgemm(blas, op(tb), op(ta), int(n), int(m), int(k), &alpha, b, int(ldb), a, int(lda), &beta,
+                      c, int(ldc)),
           "product");
   }
-  // Row-major C (m, n) = alpha A B + beta add, A (m, k) split by row; B (k, n) split by column, or B^T by row. For the
-  // products of whole matrices: f32 ones would be most of the time.
+  // Row-major C (m, n) = alpha A B + beta add, A (m, k) split by row; B (k, n) split by column, or B^T by
+  // row. For the products of whole matrices: f32 ones would be most of the time.
   void product(const SplitMatrix& a, const SplitMatrix& b, float alpha, float* c, const float* add = nullptr,
                float beta = 0) {
     const bool transposed = !b.by_column;
     const int64_t m = a.rows, k = a.cols, n = transposed ? b.rows : b.cols;
     const auto part = [&](const uint16_t* x, const uint16_t* y, float scale, float keep) {
-      check(cublasGemmEx(blas, op(transposed), CUBLAS_OP_N, int(n), int(m), int(k), &scale, y, CUDA_R_16F, int(b.ld()),
-                         x, CUDA_R_16F, int(a.ld()), &keep, c, CUDA_R_32F, int(n), CUBLAS_COMPUTE_32F,
-                         CUBLAS_GEMM_DEFAULT),
+      check(cublasGemmEx(blas, op(transposed), CUBLAS_OP_N, int(n), int(m), int(k), &scale, y, CUDA_R_16F,
+                         int(b.ld()), x, CUDA_R_16F, int(a.ld()), &keep, c, CUDA_R_32F, int(n),
+                         CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
             "product");
     };
     part(a.low, b.high, 1 / kSplitLow, 0);
@@ -98,8 +98,8 @@ struct GptqCuda::State {
     unsplit_cuda(c, a.scale, b.scale, m, n, alpha, add, beta, stream);
   }
   // The same of f32 operands, each split on the way; whose memory `x` and `y` are.
-  void product(const float* a, const SplitMatrix& x, const float* b, const SplitMatrix& y, float alpha, float* c,
-               const float* add = nullptr, float beta = 0) {
+  void product(const float* a, const SplitMatrix& x, const float* b, const SplitMatrix& y, float alpha,
+               float* c, const float* add = nullptr, float beta = 0) {
     split_cuda(a, x, stream);
     split_cuda(b, y, stream);
     product(x, y, alpha, c, add, beta);
@@ -108,8 +108,9 @@ struct GptqCuda::State {
   void gram(int64_t m, int64_t n, int64_t t, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
             int64_t ldb, float* c, int64_t ldc) {
     const float one = 1;
-    check(cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_T, int(n), int(m), int(t), &alpha, b, CUDA_R_16F, int(ldb), a,
-                       CUDA_R_16F, int(lda), &one, c, CUDA_R_32F, int(ldc), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+    check(cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_T, int(n), int(m), int(t), &alpha, b, CUDA_R_16F,
+                       int(ldb), a, CUDA_R_16F, int(lda), &one, c, CUDA_R_32F, int(ldc), CUBLAS_COMPUTE_32F,
+                       CUBLAS_GEMM_DEFAULT),
           "sums over tokens");
   }
   // Runs the panels of the GPTQ pass or of a sweep over x, which hears of later columns by products with m.
@@ -120,8 +121,8 @@ struct GptqCuda::State {
       p.size = std::min(kGptqBlock, p.k - p.begin);
       const int64_t end = p.begin + p.size;
       panel(p, stream);
-      product(false, false, p.n, p.k - end, p.size, -1, p.moved, kGptqBlock, p.m + p.begin * p.k + end, p.k, 1, x + end,
-              p.k);
+      product(false, false, p.n, p.k - end, p.size, -1, p.moved, kGptqBlock, p.m + p.begin * p.k + end, p.k,
+              1, x + end, p.k);
     }
   }
   bool flagged() {
@@ -135,8 +136,8 @@ GptqCuda::GptqCuda(cudaStream_t stream) : s_(std::make_unique<State>(stream)) {
   check(cublasCreate(&s_->blas), "cublasCreate");
   check(cublasSetStream(s_->blas, stream), "cublasSetStream");
   check(cublasSetWorkspace(s_->blas, s_->workspace.take(kWorkspace), kWorkspace), "cublasSetWorkspace");
-  check(cublasSetMathMode(s_->blas,
-                          cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)),
+  check(cublasSetMathMode(
+            s_->blas, cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)),
         "cublasSetMathMode");
   check(cusolverDnCreate(&s_->solver), "cusolverDnCreate");
   check(cusolverDnSetStream(s_->solver, stream), "cusolverDnSetStream");
@@ -149,10 +150,12 @@ void GptqCuda::statistics(const GptqStatisticsArgs& a) {
   uint16_t *x, *difference;
   Cut(s_->memory)(x, a.tokens * ld)(difference, a.tokens * std::max(a.x_full ? ld : 0, a.r ? ldr : 0)).take();
   gptq_to_half_cuda(a.x, nullptr, 1, a.tokens, a.k, x, ld, s_->stream);
-  // Panels of rows, each from its diagonal on: wide enough for the library, narrow enough to spare most of the rest.
+  // Panels of rows, each from its diagonal on: wide enough for the library, narrow enough to spare most of
+  // the rest.
   const int64_t panel = std::max<int64_t>(1024, round_up(ceil_div(a.k, 8), 128));
   for (int64_t i = 0; i < a.k; i += panel) {
-    s_->gram(std::min(panel, a.k - i), a.k - i, a.tokens, a.factor, x + i, ld, x + i, ld, a.h + i * a.k + i, a.k);
+    s_->gram(std::min(panel, a.k - i), a.k - i, a.tokens, a.factor, x + i, ld, x + i, ld, a.h + i * a.k + i,
+             a.k);
   }
   const float factor = a.factor / kDifferenceScale;
   if (a.x_full) {
@@ -167,17 +170,19 @@ void GptqCuda::statistics(const GptqStatisticsArgs& a) {
 
 bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k) {
   int size = 0;
-  check(cusolverDnDpotrf_bufferSize(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), nullptr, int(k), &size), "factor");
+  check(cusolverDnDpotrf_bufferSize(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), nullptr, int(k), &size),
+        "factor");
   double *a, *b, *work;
   Cut(s_->memory)(a, k * k)(b, k * k)(work, size).take();
   s_->flags.clear(2, s_->stream);
   gptq_factor_begin_cuda(h, order, a, b, k, s_->stream);
   // With rows and columns reversed, a = L L^T and b = L^-1, both row-major lower: the library's upper.
-  check(cusolverDnDpotrf(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), work, size, s_->flags.get() + 1),
+  check(cusolverDnDpotrf(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), work, size,
+                         s_->flags.get() + 1),
         "factor");
   const double one = 1;
-  check(cublasDtrsm(s_->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT, int(k), int(k),
-                    &one, a, int(k), b, int(k)),
+  check(cublasDtrsm(s_->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT,
+                    int(k), int(k), &one, a, int(k), b, int(k)),
         "inverse");
   gptq_factor_end_cuda(b, u, s_->flags.get(), k, s_->stream);
   return !s_->flagged();
@@ -191,7 +196,8 @@ bool GptqCuda::correct(const GptqCorrectArgs& a) {
   if (a.d) {
     s_->product(a.w, left, a.d, right, a.alpha, p, a.e, a.beta);
   } else {
-    cuda_check(cudaMemcpyAsync(p, a.e, size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, s_->stream), "copy");
+    cuda_check(cudaMemcpyAsync(p, a.e, size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, s_->stream),
+               "copy");
     check(cublasSscal(s_->blas, int(count), &a.beta, p, 1), "correction");
   }
   gptq_gather_columns_cuda(p, a.order, q, n, k, false, s_->stream);
@@ -219,7 +225,9 @@ void GptqCuda::sweep(const GptqRefineArgs& a) {
   float *e, *gradient, *moved;
   SplitMatrix left, right;
   Cut cut(s_->memory);
-  cut(e, a.n * a.k)(gradient, a.n * a.k)(moved, a.n * kGptqBlock)(left, a.n, a.k, false)(right, a.k, a.k, true).take();
+  cut(e, a.n * a.k)(gradient, a.n * a.k)(moved, a.n * kGptqBlock)(left, a.n, a.k, false)(right, a.k, a.k,
+                                                                                         true)
+      .take();
   gptq_error_cuda({a.w, a.scales, a.codes, a.n, a.k, a.group, a.levels}, e, s_->stream);
   s_->product(e, left, a.h, right, 1, gradient);
   GptqPanelArgs p{};
@@ -248,8 +256,8 @@ void GptqCuda::refit(const GptqRefineArgs& a) {
     gptq_group_dots_cuda(product, levels, b, n, k, a.group, 0, groups, s_->stream);
     for (int64_t g = 0; g < groups; ++g) {  // column g of every system
       const int64_t begin = g * a.group, size = std::min(a.group, k - begin);
-      s_->product(false, false, n, k - begin, size, 1, levels + begin, k, a.h + begin * k + begin, k, 0, product + begin,
-                  k);
+      s_->product(false, false, n, k - begin, size, 1, levels + begin, k, a.h + begin * k + begin, k, 0,
+                  product + begin, k);
       gptq_group_dots_cuda(product, levels, m + g * groups, n, k, a.group, g, groups * groups, s_->stream);
     }
     gptq_refit_rows_cuda(m, b, a.scales + row * groups, n, groups, s_->stream);
@@ -260,10 +268,10 @@ void GptqCuda::feed_back(const GptqFeedbackArgs& a) {
   const int64_t rest = a.size - a.rank_end, ld = a.blocks * a.k;
   if (rest == 0) return;
   const float minus = -1, one = 1;
-  check(cublasSgemmStridedBatched(s_->blas, CUBLAS_OP_N, CUBLAS_OP_T, int(a.k), int(rest), int(a.rank_end - a.rank_begin),
-                                  &minus, a.error + a.rank_begin * ld, int(ld), a.k,
-                                  a.feedback + a.rank_begin * a.size + a.rank_end, int(a.size), a.size * a.size, &one,
-                                  a.target + a.rank_end * ld, int(ld), a.k, int(a.blocks)),
+  check(cublasSgemmStridedBatched(
+            s_->blas, CUBLAS_OP_N, CUBLAS_OP_T, int(a.k), int(rest), int(a.rank_end - a.rank_begin), &minus,
+            a.error + a.rank_begin * ld, int(ld), a.k, a.feedback + a.rank_begin * a.size + a.rank_end,
+            int(a.size), a.size * a.size, &one, a.target + a.rank_end * ld, int(ld), a.k, int(a.blocks)),
         "feedback");
 }
 
@@ -282,8 +290,6 @@ void GptqCuda::losses(const GptqRefineArgs& a, RowSums* sums, bool weights) {
   gptq_row_sums_cuda(e, eh, weights ? a.w : nullptr, weights ? wh : nullptr, sums, n, k, s_->stream);
 }
 
-size_t GptqCuda::bytes() const {
-  return s_->memory.bytes() + s_->workspace.bytes();
-}
+size_t GptqCuda::bytes() const { return s_->memory.bytes() + s_->workspace.bytes(); }
 
 }  // namespace q4s

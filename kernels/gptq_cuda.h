@@ -1,6 +1,7 @@
-// The quantiser's steps on the GPU: kernels/gptq.h with device pointers, products through cuBLAS, the factorisation
-// through cuSOLVER. Results equal the CPU's up to the rounding of f32 sums, but for the statistics, whose operands
-// are rounded to fp16. The same bits every run. Working memory is kept from call to call.
+// The quantiser's steps on the GPU: kernels/gptq.h with device pointers, products through cuBLAS, the
+// factorisation through cuSOLVER. Results equal the CPU's up to the rounding of f32 sums, but for the
+// statistics, whose operands are rounded to fp16. The same bits every run. Working memory is kept from call
+// to call.
 #pragma once
 #include <memory>
 
@@ -10,10 +11,10 @@
 namespace q4s {
 
 // H += factor x^T x (whole panels of it: the upper triangle is promised), D += factor (x_full - x)^T x,
-// E += factor (r_full - r)^T x. Differences are taken in f32, then everything is rounded to fp16 (a difference times
-// 16, which keeps small ones normal; values beyond fp16 become its largest); products of fp16 are exact in the f32
-// sums. The fp16 x is what the int4 kernels multiply, so H is that of the inputs they see; in D and E the rounding
-// adds noise of 2^-12 of a difference, not correlated over tokens.
+// E += factor (r_full - r)^T x. Differences are taken in f32, then everything is rounded to fp16 (a
+// difference times 16, which keeps small ones normal; values beyond fp16 become its largest); products of
+// fp16 are exact in the f32 sums. The fp16 x is what the int4 kernels multiply, so H is that of the inputs
+// they see; in D and E the rounding adds noise of 2^-12 of a difference, not correlated over tokens.
 struct GptqStatisticsArgs {
   const float* x;       // (T, K) inputs of the quantised model's linear
   const float* x_full;  // (T, K) of the full-precision model's; null: no D
@@ -38,8 +39,8 @@ struct GptqCorrectArgs {
   float alpha, beta;
 };
 
-// The feedback of rows that count together (quant/row_coupling.h): rank r of block b is row r * blocks + b of error and
-// target. Ranks from rank_end on: target -= F^T error over ranks [rank_begin, rank_end).
+// The feedback of rows that count together (quant/row_coupling.h): rank r of block b is row r * blocks + b of
+// error and target. Ranks from rank_end on: target -= F^T error over ranks [rank_begin, rank_end).
 struct GptqFeedbackArgs {
   const float* feedback;  // (blocks, size, size)
   const float* error;     // (size * blocks, K)
@@ -55,8 +56,8 @@ class GptqCuda {
   GptqCuda& operator=(const GptqCuda&) = delete;
 
   void statistics(const GptqStatisticsArgs&);
-  // u (K, K) = upper Cholesky factor of the inverse of h (K, K, symmetric) in `order`, in f64 throughout. False: not
-  // positive definite, or not finite. Waits.
+  // u (K, K) = upper Cholesky factor of the inverse of h (K, K, symmetric) in `order`, in f64 throughout.
+  // False: not positive definite, or not finite. Waits.
   bool factor(const float* h, const int32_t* order, float* u, int64_t k);
   // False: the change is not finite and w is as it was. Waits.
   bool correct(const GptqCorrectArgs&);

@@ -1,6 +1,7 @@
-// One block of 128 columns of the GPTQ pass or of a sweep, for all rows: kernels/gptq_steps.h. A thread owns a row
-// and walks its columns in pieces of 32 held in registers; the block of U or H lies in shared memory, transposed, so
-// that what column j hears from the columns before it is read four numbers at a time, the same for every thread.
+// One block of 128 columns of the GPTQ pass or of a sweep, for all rows: kernels/gptq_steps.h. A thread owns
+// a row and walks its columns in pieces of 32 held in registers; the block of U or H lies in shared memory,
+// transposed, so that what column j hears from the columns before it is read four numbers at a time, the same
+// for every thread.
 #include <cuda_pipeline.h>
 
 #include "kernels/gptq_device.cuh"
@@ -11,15 +12,15 @@ namespace q4s {
 namespace {
 
 constexpr int kBlock = int(kGptqBlock);
-constexpr int kPiece = 32;            // columns whose errors stay in registers
-constexpr int kRows = 64;             // rows, and threads, of a thread block
-constexpr int kStride = kBlock + 4;   // of m: rows stay 16-byte aligned
-constexpr int kRowStride = kRows + 1; // of x: no bank conflicts in either direction
+constexpr int kPiece = 32;             // columns whose errors stay in registers
+constexpr int kRows = 64;              // rows, and threads, of a thread block
+constexpr int kStride = kBlock + 4;    // of m: rows stay 16-byte aligned
+constexpr int kRowStride = kRows + 1;  // of x: no bank conflicts in either direction
 constexpr int kCodeStride = kRows + 4;
 
 struct Shared {
-  float m[kBlock * kStride];        // m[j][i] = M[i][j] for i <= j
-  float x[kBlock * kRowStride];     // (columns, rows); ends as `moved`
+  float m[kBlock * kStride];     // m[j][i] = M[i][j] for i <= j
+  float x[kBlock * kRowStride];  // (columns, rows); ends as `moved`
   float diagonal[kBlock], inverse[kBlock];
   int column[kBlock], group[kBlock];
   uint8_t codes[kBlock * kCodeStride];  // (columns, rows)
@@ -147,8 +148,8 @@ __global__ void __launch_bounds__(kRows) panel_kernel(GptqPanelArgs a) {
 template <bool kSweep>
 void run(const GptqPanelArgs& a, cudaStream_t stream) {
   if (a.n == 0 || a.size == 0) return;
-  launch(kSweep ? "sweep" : "solve", panel_kernel<kSweep>, unsigned(ceil_div(a.n, kRows)), kRows, sizeof(Shared), 1,
-         false, stream, a);
+  launch(kSweep ? "sweep" : "solve", panel_kernel<kSweep>, unsigned(ceil_div(a.n, kRows)), kRows,
+         sizeof(Shared), 1, false, stream, a);
 }
 
 }  // namespace

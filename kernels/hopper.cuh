@@ -1,10 +1,12 @@
-// Thin wrappers of the sm_90a instructions that the GEMM and attention kernels are built from: mbarriers, TMA,
-// warpgroup mma, clusters. No policy here. Everything compiles to nothing below sm_90a.
+// Thin wrappers of the sm_90a instructions that the GEMM and attention kernels are built from: mbarriers,
+// TMA, warpgroup mma, clusters. No policy here. Everything compiles to nothing below sm_90a.
 #pragma once
 #include <cuda_fp16.h>
+
 #include <cstdint>
 
-// True where the warpgroup instructions exist: the kernels' bodies are empty elsewhere, and never launched there.
+// True where the warpgroup instructions exist: the kernels' bodies are empty elsewhere, and never launched
+// there.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define Q4S_SM90A 1
 #else
@@ -13,15 +15,19 @@
 
 namespace q4s::hopper {
 
-__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ inline uint32_t smem_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 #if Q4S_SM90A
 
-// ---- mbarriers: a phase completes when all arrivals came and all announced bytes landed ----------------------
+// ---- mbarriers: a phase completes when all arrivals came and all announced bytes landed
+// ----------------------
 __device__ inline void barrier_init(uint32_t bar, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to the async proxy and to the cluster; a barrier among threads must follow.
+// Makes initialised barriers visible to the async proxy and to the cluster; a barrier among threads must
+// follow.
 __device__ inline void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -32,17 +38,18 @@ __device__ inline void barrier_arrive_expect(uint32_t bar, uint32_t bytes) {
 __device__ inline void barrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// The same barrier of another block of the cluster. For reads that are over: a release at the scope of the cluster
-// would drain all writes of the warp first, at every stage.
+// The same barrier of another block of the cluster. For reads that are over: a release at the scope of the
+// cluster would drain all writes of the warp first, at every stage.
 __device__ inline void barrier_arrive_remote(uint32_t bar, uint32_t rank) {
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(bar), "r"(rank)
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(bar),
+      "r"(rank)
       : "memory");
 }
-// A wait that outlasts seconds is a bug: stop the kernel rather than hang the device. The loop is one asm statement:
-// as C++ control flow it keeps ptxas from using the registers of setmaxnreg.
+// A wait that outlasts seconds is a bug: stop the kernel rather than hang the device. The loop is one asm
+// statement: as C++ control flow it keeps ptxas from using the registers of setmaxnreg.
 __device__ inline void barrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
       "{\n\t.reg .pred p;\n\t.reg .b32 tries;\n\t"
@@ -54,7 +61,8 @@ __device__ inline void barrier_wait(uint32_t bar, uint32_t parity) {
       "setp.lt.u32 p, tries, 0x1000000;\n\t"
       "@p bra again;\n\t"
       "trap;\n"
-      "done:\n\t}" ::"r"(bar), "r"(parity)
+      "done:\n\t}" ::"r"(bar),
+      "r"(parity)
       : "memory");
 }
 
@@ -92,19 +100,20 @@ struct RingPosition {
   }
 };
 
-// ---- TMA: a box of a 2-D tensor map, coordinates innermost first ---------------------------------------------
+// ---- TMA: a box of a 2-D tensor map, coordinates innermost first
+// ---------------------------------------------
 __device__ inline void tma_load(uint32_t to, const void* map, int c0, int c1, uint32_t bar) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "[%4];" ::"r"(to),
       "l"(map), "r"(c0), "r"(c1), "r"(bar)
       : "memory");
 }
 // A box of a 3-D tensor map.
 __device__ inline void tma_load(uint32_t to, const void* map, int c0, int c1, int c2, uint32_t bar) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-          to),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
       "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar)
       : "memory");
 }
@@ -121,7 +130,8 @@ __device__ inline void tma_prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// ---- clusters ------------------------------------------------------------------------------------------------
+// ---- clusters
+// ------------------------------------------------------------------------------------------------
 __device__ inline uint32_t cluster_rank() {
   uint32_t r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -135,10 +145,12 @@ __device__ inline void cluster_leave() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 __device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 }
 
-// ---- registers and named barriers ------------------------------------------------------------------------------
+// ---- registers and named barriers
+// ------------------------------------------------------------------------------
 template <int kCount>
 __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -151,10 +163,14 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- shared memory by address ------------------------------------------------------------------------------------
+// ---- shared memory by address
+// ------------------------------------------------------------------------------------
 __device__ inline uint4 load_shared(uint32_t from) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
   return v;
 }
 __device__ inline void store_shared(uint32_t to, float v) {
@@ -165,15 +181,16 @@ __device__ inline float2 load_shared_pair(uint32_t from) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
   return v;
 }
-// Four 8x8 matrices of 16-bit elements, held as accumulators of mma are (row lane/4, columns 2*(lane%4)..), stored
-// with columns as rows of 16 bytes: lane l gives the address of column l%8 of matrix l/8.
+// Four 8x8 matrices of 16-bit elements, held as accumulators of mma are (row lane/4, columns 2*(lane%4)..),
+// stored with columns as rows of 16 bytes: lane l gives the address of column l%8 of matrix l/8.
 __device__ inline void store_matrices_transposed(uint32_t to, const uint32_t (&v)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]),
-               "r"(v[2]), "r"(v[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
 }
 
-// ---- 16 bytes from global to shared memory, past L1 and registers ------------------------------------------------
+// ---- 16 bytes from global to shared memory, past L1 and registers
+// ------------------------------------------------
 __device__ inline void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -183,7 +200,8 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- warpgroup mma -----------------------------------------------------------------------------------------------
+// ---- warpgroup mma
+// -----------------------------------------------------------------------------------------------
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -197,17 +215,20 @@ __device__ inline void wgmma_pin(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Descriptor of a shared-memory operand with rows of 128 bytes under the 128-byte swizzle (atoms of 8 rows, 1024
-// aligned). K-major: a row holds 64 halves of K; a step of 16 in K is +32 bytes of address.
-// In two steps, so that a loop over operands adds their distance / 16 to the low word alone.
+// Descriptor of a shared-memory operand with rows of 128 bytes under the 128-byte swizzle (atoms of 8 rows,
+// 1024 aligned). K-major: a row holds 64 halves of K; a step of 16 in K is +32 bytes of address. In two
+// steps, so that a loop over operands adds their distance / 16 to the low word alone.
 __device__ inline uint32_t wgmma_address(uint32_t address) { return 1u << 16 | (address & 0x3ffff) >> 4; }
 __device__ inline uint64_t wgmma_k_major_at(uint32_t low) {
   constexpr uint32_t kHigh = 1u << 30 | 1024 >> 4;  // 128-byte swizzle; 8 rows further
   return uint64_t(kHigh) << 32 | low;
 }
-__device__ inline uint64_t wgmma_k_major(uint32_t address) { return wgmma_k_major_at(wgmma_address(address)); }
+__device__ inline uint64_t wgmma_k_major(uint32_t address) {
+  return wgmma_k_major_at(wgmma_address(address));
+}
 
-// N-major: a row holds 64 halves of N at one k; blocks of 64 are `stride` bytes apart, a step of 16 in K is +2048.
+// N-major: a row holds 64 halves of N at one k; blocks of 64 are `stride` bytes apart, a step of 16 in K is
+// +2048.
 __device__ inline uint64_t wgmma_n_major(uint32_t address, uint32_t stride) {
   return wgmma_k_major(address) - (1u << 16) + (uint64_t(stride >> 4) << 16);
 }
@@ -218,29 +239,30 @@ __device__ inline void proxy_fence() { asm volatile("fence.proxy.async.shared::c
 // D (64, N) f32 (+)= A (64, 16) f16 in registers * B (16, N) f16 in shared memory. Per warp: 16 rows; thread
 // (g = lane/4, t = lane%4) holds d[4j..] = (g, 8j+2t), (g, 8j+2t+1), (g+8, 8j+2t), (g+8, 8j+2t+1), and
 // a = (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..). accumulate == 0 ignores the old D.
-#define Q4S_D8(i)                                                                                          \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
+#define Q4S_D8(i)                                                                             \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
 #define Q4S_D32(i) Q4S_D8(i), Q4S_D8(i + 8), Q4S_D8(i + 16), Q4S_D8(i + 24)
 #define Q4S_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define Q4S_R16 "%8,%9,%10,%11,%12,%13,%14,%15"
 #define Q4S_R32 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define Q4S_R64 \
+#define Q4S_R64                                                                                  \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54," \
   "%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define Q4S_R96 \
+#define Q4S_R96                                                                                  \
   "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86," \
   "%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define Q4S_R128 \
+#define Q4S_R128                                                                                \
   "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
   "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // kRegs = N/2 accumulators come first in the operand list, then a0..a3, the descriptor and the predicate.
-#define Q4S_WGMMA_RS(kN, kRegs, kTransB, regs, a0, a1, a2, a3, b, use, ...)                                    \
+#define Q4S_WGMMA_RS(kN, kRegs, kTransB, regs, a0, a1, a2, a3, b, use, ...)                                  \
   template <>                                                                                                \
   struct WgmmaRs<kN, kTransB> {                                                                              \
     static __device__ void mma(float (&d)[kRegs], const uint32_t (&a)[4], uint64_t desc_b, int accumulate) { \
-      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #use ", 0;\n\t"                                  \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #use                                             \
+                   ", 0;\n\t"                                                                                \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" regs "}, {%" #a0 ",%" #a1     \
                    ",%" #a2 ",%" #a3 "}, %" #b ", p, 1, 1, " #kTransB ";\n\t}"                               \
                    : __VA_ARGS__                                                                             \
@@ -258,8 +280,8 @@ Q4S_WGMMA_RS(128, 64, 1, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64, 64, 65, 66,
              Q4S_D32(32))
 Q4S_WGMMA_RS(128, 64, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64, 64, 65, 66, 67, 68, 69, Q4S_D32(0),
              Q4S_D32(32))
-Q4S_WGMMA_RS(256, 128, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64 "," Q4S_R96 "," Q4S_R128, 128, 129, 130, 131,
-             132, 133, Q4S_D32(0), Q4S_D32(32), Q4S_D32(64), Q4S_D32(96))
+Q4S_WGMMA_RS(256, 128, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64 "," Q4S_R96 "," Q4S_R128, 128, 129, 130,
+             131, 132, 133, Q4S_D32(0), Q4S_D32(32), Q4S_D32(64), Q4S_D32(96))
 
 #endif  // Q4S_SM90A
 

@@ -1,5 +1,5 @@
-// The definition of linear.h, and the choice among its fast paths (cpu_kernels.h). Threads take whole rows, so that
-// no sum depends on their number.
+// The definition of linear.h, and the choice among its fast paths (cpu_kernels.h). Threads take whole rows,
+// so that no sum depends on their number.
 #include "kernels/linear.h"
 
 #include <vector>
@@ -47,10 +47,8 @@ void linear_cpu(const LinearArgs& a, Part part) {
 size_t linear_scratch_bytes(const WeightView& w, int64_t tokens, int threads) {
   const CpuKernels& kernels = cpu_kernels();
   switch (path_of(w, tokens)) {
-    case Path::kDot:
-      return size_t(row_scratch(w)) * size_t(threads);
-    case Path::kVector:
-      return size_t(kernels.token_bytes(w.k) * tokens);
+    case Path::kDot: return size_t(row_scratch(w)) * size_t(threads);
+    case Path::kVector: return size_t(kernels.token_bytes(w.k) * tokens);
     case Path::kMatrix:
       return size_t(kernels.tile_bytes(w.k) * ceil_div(tokens, kernels.tile) +
                     kernels.panel_bytes(w) * threads);

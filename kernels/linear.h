@@ -4,10 +4,11 @@
 //   unquantised, up to 4 tokens     dot products, each row read once
 //   unquantised, more               panels of rows unpacked to f32, then a dense product
 //   kQ4, kQ8                        activations rounded to int8 per block of 32 columns, exact
-//                                   integer dot products, the grid's offset folded in through activation sums.
-//                                   Groups of 32, 64, a multiple of 128 or the whole row; others as unquantised
-// The fast paths run in two steps with a barrier between: linear_prepare on all threads (lays out the activations in
-// the scratch), then linear.
+//                                   integer dot products, the grid's offset folded in through activation
+//                                   sums. Groups of 32, 64, a multiple of 128 or the whole row; others as
+//                                   unquantised
+// The fast paths run in two steps with a barrier between: linear_prepare on all threads (lays out the
+// activations in the scratch), then linear.
 #pragma once
 #include <cstddef>
 
@@ -21,13 +22,13 @@ struct LinearArgs {
   const float* residual;  // (T, N) or null; may be y
   float* y;               // (T, N)
   int64_t tokens;
-  std::byte* scratch;     // linear_scratch_bytes(w, T, threads), 64-aligned; unused by the reference
+  std::byte* scratch;  // linear_scratch_bytes(w, T, threads), 64-aligned; unused by the reference
 };
 
 void linear_cpu(const LinearArgs&, Part = {});  // the definition
 
-// Whether kQ4 and kQ8 keep f32 activations too, as the unquantised formats do: slower, and as exact as the GPU's products.
-// For a whole process, set before anything is computed; off at first.
+// Whether kQ4 and kQ8 keep f32 activations too, as the unquantised formats do: slower, and as exact as the
+// GPU's products. For a whole process, set before anything is computed; off at first.
 void set_exact_activations(bool);
 
 size_t linear_scratch_bytes(const WeightView&, int64_t tokens, int threads);  // also enough for fewer tokens

@@ -260,8 +260,8 @@ void launch_linear_decode(const LinearDecodeArgs& a, cudaStream_t stream, bool p
     const auto kernel = q.tokens == 1   ? linear_decode_kernel<Tile, kScales, 1>
                         : q.tokens <= 8 ? linear_decode_kernel<Tile, kScales, 8>
                                         : linear_decode_kernel<Tile, kScales, 16>;
-    launch("linear_decode", kernel, dim3(unsigned(q.config.blocks)), kDecodeWarps * 32, shared, 1, pdl, stream,
-           q);
+    launch("linear_decode", kernel, dim3(unsigned(q.config.blocks)), kDecodeWarps * 32, shared, 1, pdl,
+           stream, q);
   }
 }
 

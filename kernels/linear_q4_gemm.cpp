@@ -9,11 +9,12 @@
 namespace q4s {
 namespace {
 
-constexpr size_t kFlagBytes = 4096;  // head of the workspace: one flag per part of a split tile
+constexpr size_t kFlagBytes = 4096;       // head of the workspace: one flag per part of a split tile
 constexpr int64_t kBandBytes = 24 << 20;  // activations that should stay in L2 while all rows pass
 
-// Microseconds of one H100, its constants fitted to a sweep over all tiles and cuts of the 7B shapes, 16 to 8192 tokens
-// (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 6 % of the best.
+// Microseconds of one H100, its constants fitted to a sweep over all tiles and cuts of the 7B shapes, 16 to
+// 8192 tokens (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 6 % of the
+// best.
 struct Bytes {  // of one unit of K and one tile
   double weights, activations;
   explicit Bytes(const Q4GemmTile& t)
@@ -41,17 +42,20 @@ double split_us(const Q4GemmConfig& c, int multiprocessors) {
   const int per_multiprocessor = t.rows * t.columns <= 8192 ? 2 : 1;
   // Clusters stay within a group of about 16 multiprocessors.
   const int64_t clusters = int64_t(c.row_blocks) * c.column_blocks;
-  const int64_t at_once = c.splits == 1 ? int64_t(multiprocessors) * per_multiprocessor
-                                        : std::max<int64_t>(1, 16 * per_multiprocessor / c.splits * (multiprocessors / 16));
+  const int64_t at_once =
+      c.splits == 1 ? int64_t(multiprocessors) * per_multiprocessor
+                    : std::max<int64_t>(1, 16 * per_multiprocessor / c.splits * (multiprocessors / 16));
   const auto wave = [&](int64_t count) {
     const double blocks = double(count) * c.splits / multiprocessors;
-    const double unit = std::max({rows * (0.410 + 0.177 * columns), std::ceil(blocks) * rows * (0.252 + 0.161 * columns),
-                                  bytes.weights * blocks / c.column_blocks / 25200,
-                                  (bytes.weights + bytes.activations) * blocks / 50900});
+    const double unit =
+        std::max({rows * (0.410 + 0.177 * columns), std::ceil(blocks) * rows * (0.252 + 0.161 * columns),
+                  bytes.weights * blocks / c.column_blocks / 25200,
+                  (bytes.weights + bytes.activations) * blocks / 50900});
     return double(ceil_div(c.k_blocks, c.splits)) * unit;
   };
   const int64_t waves = clusters / at_once, rest = clusters % at_once;
-  return 5.0 + (c.splits > 1 ? 0.37 : 0) + 0.85 * rows * columns + double(waves) * (wave(at_once) + 4.8) + (rest ? wave(rest) : 0);
+  return 5.0 + (c.splits > 1 ? 0.37 : 0) + 0.85 * rows * columns + double(waves) * (wave(at_once) + 4.8) +
+         (rest ? wave(rest) : 0);
 }
 
 }  // namespace
@@ -59,11 +63,12 @@ double split_us(const Q4GemmConfig& c, int multiprocessors) {
 std::string Q4GemmConfig::print() const {
   char text[160];
   if (kernel == Q4GemmKernel::kStream)
-    std::snprintf(text, sizeof text, "stream %dx%d cluster %d grid %d, tiles %d whole + %d streamed x %d units", rows,
-                  columns, cluster, clusters * cluster, whole, streamed, k_blocks);
+    std::snprintf(text, sizeof text,
+                  "stream %dx%d cluster %d grid %d, tiles %d whole + %d streamed x %d units", rows, columns,
+                  cluster, clusters * cluster, whole, streamed, k_blocks);
   else if (kernel == Q4GemmKernel::kSplit)
-    std::snprintf(text, sizeof text, "split %dx%d grid %dx%d, %d units in %d parts", rows, columns, row_blocks,
-                  column_blocks, k_blocks, splits);
+    std::snprintf(text, sizeof text, "split %dx%d grid %dx%d, %d units in %d parts", rows, columns,
+                  row_blocks, column_blocks, k_blocks, splits);
   else
     std::snprintf(text, sizeof text, "mma.sync %dx%d grid %dx%d, %d parts of K", rows, columns, row_blocks,
                   column_blocks, splits);
@@ -120,7 +125,8 @@ Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape& s) {
 
 Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
   const int64_t g = s.w.group;
-  const bool simple_groups = g == 32 || g == 64 || g % kQ4GemmUnit == 0 || g >= s.w.k;  // a unit has whole groups, or is in one
+  const bool simple_groups =
+      g == 32 || g == 64 || g % kQ4GemmUnit == 0 || g >= s.w.k;  // a unit has whole groups, or is in one
   if (!s.hopper || !simple_groups) return q4_gemm_config_portable(s);
   Q4GemmConfig best;
   double best_us = 0;

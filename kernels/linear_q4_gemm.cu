@@ -1,4 +1,5 @@
-// Launchers of linear_q4_gemm.h: activations to fp16 (with RMSNorm where asked), and the choice of the kernel.
+// Launchers of linear_q4_gemm.h: activations to fp16 (with RMSNorm where asked), and the choice of the
+// kernel.
 #include "kernels/linear_q4_gemm_epilogue.cuh"
 #include "kernels/linear_q4_gemm_mma.cuh"
 #include "kernels/linear_q4_gemm_sm90_loop.cuh"
@@ -11,7 +12,8 @@ namespace {
 constexpr int kRowThreads = 256;
 
 // One block a row. The sum of squares is taken in an order that depends on K alone.
-__global__ void __launch_bounds__(kRowThreads) q4_gemm_activations_kernel(Q4GemmActivationsArgs a, int64_t pitch) {
+__global__ void __launch_bounds__(kRowThreads)
+    q4_gemm_activations_kernel(Q4GemmActivationsArgs a, int64_t pitch) {
   pdl_trigger();
   pdl_wait();
   const float* x = a.x + int64_t(blockIdx.x) * a.k;
@@ -39,15 +41,16 @@ __global__ void __launch_bounds__(kRowThreads) q4_gemm_activations_kernel(Q4Gemm
 }  // namespace
 
 void q4_gemm_activations_cuda(const Q4GemmActivationsArgs& a, cudaStream_t stream) {
-  launch("q4_gemm_activations", q4_gemm_activations_kernel, dim3(unsigned(a.tokens)), kRowThreads, 0, 1, a.pdl, stream,
-         a, q4_gemm_pitch(a.k));
+  launch("q4_gemm_activations", q4_gemm_activations_kernel, dim3(unsigned(a.tokens)), kRowThreads, 0, 1,
+         a.pdl, stream, a, q4_gemm_pitch(a.k));
 }
 
 Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tiles, Q4Operands& operands) {
   const int64_t groups = a.w.groups(), pitch = q4_gemm_pitch(a.w.k), n_tiles = a.w.n_tiles();
   const int64_t row_words = a.w.k_tiles() * (kQ4TileBytes / 4);
   operands.half_grid = a.grid == Grid::kHalf;
-  // Tiles of K a group, or one group for all. Exact: k_tiles() < 2^16 (checked), and the error of a reciprocal < 2^-32.
+  // Tiles of K a group, or one group for all. Exact: k_tiles() < 2^16 (checked), and the error of a
+  // reciprocal < 2^-32.
   const int64_t tiles = groups == 1 ? 1 << 16 : a.w.group / kQ4TileCols;
   if (a.w.k_tiles() >= 1 << 16) throw std::runtime_error("q4_gemm: rows longer than 4 million columns");
   operands.tile_groups = tiles > 1 ? uint32_t((int64_t(1) << 32) / tiles + 1) : 0;
@@ -65,12 +68,9 @@ Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tile
 
 void q4_gemm_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   switch (c.kernel) {
-    case Q4GemmKernel::kStream:
-      return q4_gemm_stream_cuda(a, c, stream);
-    case Q4GemmKernel::kSplit:
-      return q4_gemm_split_cuda(a, c, stream);
-    case Q4GemmKernel::kPortable:
-      return q4_gemm_mma_cuda(a, c, stream);
+    case Q4GemmKernel::kStream: return q4_gemm_stream_cuda(a, c, stream);
+    case Q4GemmKernel::kSplit: return q4_gemm_split_cuda(a, c, stream);
+    case Q4GemmKernel::kPortable: return q4_gemm_mma_cuda(a, c, stream);
   }
 }
 

@@ -1,10 +1,10 @@
 // y = x W^T for many tokens, W in Q4 tiles (q4_tiles.h), x fp16, fp32 accumulation on the tensor cores.
 //
-// The product is computed as y^T = W x^T: the int4 weights become the register operand of the mma, tokens are its
-// columns. Three kernels: two for sm_90a (warpgroup mma, TMA, clusters), for many tokens and for few, and a plain
-// mma.sync one for sm_80 and up, which also takes the group sizes the others do not.
-// Values: w' = fp16(scale * (q - 8)) (or q - 7.5), so |y - exact| <= sum |w x| (2^-11 + 2^-11 + small) when x was
-// rounded from f32. Sums run in an order fixed by shape and config: the same bits at every run.
+// The product is computed as y^T = W x^T: the int4 weights become the register operand of the mma, tokens are
+// its columns. Three kernels: two for sm_90a (warpgroup mma, TMA, clusters), for many tokens and for few, and
+// a plain mma.sync one for sm_80 and up, which also takes the group sizes the others do not. Values: w' =
+// fp16(scale * (q - 8)) (or q - 7.5), so |y - exact| <= sum |w x| (2^-11 + 2^-11 + small) when x was rounded
+// from f32. Sums run in an order fixed by shape and config: the same bits at every run.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -30,9 +30,9 @@ enum class Q4GemmKernel : uint8_t {
 constexpr int kQ4GemmUnit = 128;  // columns of W: K is cut by units on sm_90a
 
 // How a product is cut. A block computes rows x columns of y^T.
-// kStream: `cluster` blocks below each other share the activations by multicast. Work is counted in (tile, unit);
-// `whole` tiles go to one cluster each, round robin; the units of the `streamed` ones are dealt evenly over the
-// clusters, their parts summed in order.
+// kStream: `cluster` blocks below each other share the activations by multicast. Work is counted in (tile,
+// unit); `whole` tiles go to one cluster each, round robin; the units of the `streamed` ones are dealt evenly
+// over the clusters, their parts summed in order.
 struct Q4GemmConfig {
   Q4GemmKernel kernel = Q4GemmKernel::kPortable;
   int rows = 0, columns = 0, cluster = 1;
@@ -51,7 +51,8 @@ struct Q4GemmTile {
   int rows, columns, cluster;
 };
 constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {128, 256, 2}};
-constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {256, 32, 1}, {128, 64, 1}, {128, 128, 1}, {256, 128, 1}};
+constexpr Q4GemmTile kQ4GemmSplitTiles[] = {
+    {128, 32, 1}, {256, 32, 1}, {128, 64, 1}, {128, 128, 1}, {256, 128, 1}};
 constexpr int kQ4GemmMostSplits = 8;  // blocks of a cluster
 
 // kStream with one tile; `stream` deals the tiles beyond full waves in parts.
@@ -83,7 +84,7 @@ enum class Q4GemmOutput : uint8_t {
 };
 
 struct Q4GemmArgs {
-  const uint16_t* x;       // (T, pitch(K)) fp16, 16-aligned
+  const uint16_t* x;  // (T, pitch(K)) fp16, 16-aligned
   Q4Layout w;
   Grid grid;
   const uint8_t* codes;    // Q4 tiles, 16-aligned
@@ -91,16 +92,16 @@ struct Q4GemmArgs {
   int64_t tokens;
   Q4GemmOutput output;
   void* y;
-  bool y_half;             // fp16 instead of f32
-  int64_t y_pitch;         // elements from row to row of y
-  const float* residual;   // kStore: (T, N) or null; may be y
-  const float* table;      // kRopeKv, as in rope_kv.h
+  bool y_half;            // fp16 instead of f32
+  int64_t y_pitch;        // elements from row to row of y
+  const float* residual;  // kStore: (T, N) or null; may be y
+  const float* table;     // kRopeKv, as in rope_kv.h
   Placement at;
   KvLayer kv;
   int64_t heads, kv_heads;
-  std::byte* workspace;    // config.workspace_bytes, 256-aligned; zeroed when allocated, and left so that it
-                           // serves any later product without clearing
-  bool pdl = false;        // launched as a programmatic dependent of the kernel before it
+  std::byte* workspace;  // config.workspace_bytes, 256-aligned; zeroed when allocated, and left so that it
+                         // serves any later product without clearing
+  bool pdl = false;      // launched as a programmatic dependent of the kernel before it
 };
 void q4_gemm_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
 

@@ -1,4 +1,5 @@
-// Which parts of which tiles a cluster of the sm_90a GEMM computes, in order. Runs on the device; tested on the CPU.
+// Which parts of which tiles a cluster of the sm_90a GEMM computes, in order. Runs on the device; tested on
+// the CPU.
 #pragma once
 #include "kernels/q4_tiles.h"
 
@@ -14,9 +15,9 @@ struct Q4GemmPart {
   int row_block, column_block, tile, begin, end;
 };
 
-// Parts of cluster `v`: of its share of the units of the streamed tiles first a part with begin > 0, if it has one; then
-// whole tiles; then the rest of the share. So one slot of the workspace a cluster is enough, it is written long before its
-// reader looks, and clusters come to the ends of their tiles at different times.
+// Parts of cluster `v`: of its share of the units of the streamed tiles first a part with begin > 0, if it
+// has one; then whole tiles; then the rest of the share. So one slot of the workspace a cluster is enough, it
+// is written long before its reader looks, and clusters come to the ends of their tiles at different times.
 class Q4GemmSchedule {
  public:
   Q4S_HOST_DEVICE Q4GemmSchedule(const Q4GemmWork& work, int v) : work_(work) {
@@ -43,8 +44,10 @@ class Q4GemmSchedule {
     } else {
       return false;
     }
-    // Bands of column blocks; rows outermost within one, so that neighbours share weights and activations in L2.
-    const int per_band = work_.band * work_.row_blocks, band = part.tile / per_band, in_band = part.tile % per_band;
+    // Bands of column blocks; rows outermost within one, so that neighbours share weights and activations in
+    // L2.
+    const int per_band = work_.band * work_.row_blocks, band = part.tile / per_band,
+              in_band = part.tile % per_band;
     const int rest = work_.column_blocks - band * work_.band, width = rest < work_.band ? rest : work_.band;
     part.row_block = in_band / width;
     part.column_block = band * work_.band + in_band % width;

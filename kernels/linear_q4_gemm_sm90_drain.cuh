@@ -1,5 +1,6 @@
-// The common epilogues of the streaming kernel, for outputs whose rows are whole 16-byte pieces: a warpgroup's sums
-// become values in registers, pass through shared memory into the order of the output, and leave in 16-byte stores.
+// The common epilogues of the streaming kernel, for outputs whose rows are whole 16-byte pieces: a
+// warpgroup's sums become values in registers, pass through shared memory into the order of the output, and
+// leave in 16-byte stores.
 //   SiLU(gate) * up -> fp16, rotated q and k and plain v -> fp16, sum (+ residual) -> f32
 // What they do not take (other types, odd sizes) goes through Q4SinkBatch.
 #pragma once
@@ -7,7 +8,8 @@
 
 namespace q4s {
 
-// Of one warpgroup, beside (position, sequence) of its tokens: sums that move, and what comes from memory for them.
+// Of one warpgroup, beside (position, sequence) of its tokens: sums that move, and what comes from memory for
+// them.
 constexpr int kQ4DrainBytes = 20 * 1024, kQ4DrainAhead = 4 * 1024;  // the second part begins there
 
 // Host: whether the functions below take this product.
@@ -15,12 +17,9 @@ inline bool q4_drain_takes(const Q4GemmSink& s) {
   const auto whole = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   if (!whole(s.y) || s.y_pitch % 8) return false;
   switch (s.output) {
-    case Q4GemmOutput::kStore:
-      return !s.y_half && s.n % 4 == 0 && (!s.residual || whole(s.residual));
-    case Q4GemmOutput::kSwiglu:
-      return s.y_half && s.n % 16 == 0;
-    case Q4GemmOutput::kRopeKv:
-      return s.y_half && s.kv_half && whole(s.k) && whole(s.v) && whole(s.table);
+    case Q4GemmOutput::kStore: return !s.y_half && s.n % 4 == 0 && (!s.residual || whole(s.residual));
+    case Q4GemmOutput::kSwiglu: return s.y_half && s.n % 16 == 0;
+    case Q4GemmOutput::kRopeKv: return s.y_half && s.kv_half && whole(s.k) && whole(s.v) && whole(s.table);
   }
   return false;
 }
@@ -42,7 +41,9 @@ struct Q4DrainPlace {
 __device__ inline uint32_t q4_pack_saturated(float low, float high) {
   const auto saturate = [](float v) {
     float r;
-    asm("{\n\t.reg .f32 t;\n\tmin.NaN.f32 t, %1, 0f477fe000;\n\tmax.NaN.f32 %0, t, 0fc77fe000;\n\t}" : "=f"(r) : "f"(v));
+    asm("{\n\t.reg .f32 t;\n\tmin.NaN.f32 t, %1, 0f477fe000;\n\tmax.NaN.f32 %0, t, 0fc77fe000;\n\t}"
+        : "=f"(r)
+        : "f"(v));
     return r;
   };
   uint32_t packed;
@@ -50,14 +51,16 @@ __device__ inline uint32_t q4_pack_saturated(float low, float high) {
   return packed;
 }
 
-// fp16 values in shared memory: kPieces pieces of 16 bytes a token, shuffled so that 8 tokens meet every bank.
+// fp16 values in shared memory: kPieces pieces of 16 bytes a token, shuffled so that 8 tokens meet every
+// bank.
 template <int kPieces>
 __device__ inline uint32_t q4_piece(uint32_t token, uint32_t piece) {
   return (token * kPieces + (piece ^ (kPieces == 4 ? token / 2 % 4 : token % 8))) * 16;
 }
 
 template <class T>
-__device__ void q4_drain_swiglu(const Q4GemmSink& s, const Q4DrainPlace& p, const float (&acc)[T::kBlocks][T::kRegs]) {
+__device__ void q4_drain_swiglu(const Q4GemmSink& s, const Q4DrainPlace& p,
+                                const float (&acc)[T::kBlocks][T::kRegs]) {
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b) {
     p.sync();  // whoever read the buffer has
@@ -84,32 +87,40 @@ __device__ void q4_drain_swiglu(const Q4GemmSink& s, const Q4DrainPlace& p, cons
   }
 }
 
-// What the next two take from memory is copied to shared memory some steps ahead, the first steps' before the sums are
-// there: through registers it would wait, a few loads at a time, for as long as the product of a short tile takes.
-// A step: some tokens of 64 rows.
+// What the next two take from memory is copied to shared memory some steps ahead, the first steps' before the
+// sums are there: through registers it would wait, a few loads at a time, for as long as the product of a
+// short tile takes. A step: some tokens of 64 rows.
 template <class T>
 struct Q4RopeSteps {
-  static constexpr int kTokens = 32, kOfBlock = T::kColumns / kTokens, kSteps = T::kBlocks * kOfBlock, kAhead = 2;
+  static constexpr int kTokens = 32, kOfBlock = T::kColumns / kTokens, kSteps = T::kBlocks * kOfBlock,
+                       kAhead = 2;
   static constexpr int kBytes = kTokens * 256;  // 32 rotations a token
   static_assert(kTokens * 128 <= kQ4DrainAhead && kQ4DrainAhead + kAhead * kBytes <= kQ4DrainBytes);
 
-  // 16 pieces of two rotations a token, four of each 16 rows; shuffled so that a half warp's reads meet every bank.
-  static __device__ uint32_t piece(uint32_t token, uint32_t i) { return token * 256 + (i ^ (token / 2 % 4 * 2)) * 16; }
-  static __device__ uint32_t ahead(const Q4DrainPlace& p, int step) { return p.buffer + kQ4DrainAhead + step % kAhead * kBytes; }
+  // 16 pieces of two rotations a token, four of each 16 rows; shuffled so that a half warp's reads meet every
+  // bank.
+  static __device__ uint32_t piece(uint32_t token, uint32_t i) {
+    return token * 256 + (i ^ (token / 2 % 4 * 2)) * 16;
+  }
+  static __device__ uint32_t ahead(const Q4DrainPlace& p, int step) {
+    return p.buffer + kQ4DrainAhead + step % kAhead * kBytes;
+  }
   static __device__ void fetch(const Q4GemmSink& s, const Q4DrainPlace& p, int step) {
     const int i = int(p.thread % 16), row = p.row0 + step / kOfBlock * 64 + i / 4 * 16;
     if (step < kSteps && row < s.rotated) {
       const float* table = s.table + row % s.head_dim + i % 4 * 4;
 #pragma unroll
       for (int t = int(p.thread / 16); t < kTokens; t += 8)
-        hopper::copy_async(ahead(p, step) + piece(t, i), table + int64_t(p.at[step % kOfBlock * kTokens + t].x) * s.head_dim);
+        hopper::copy_async(ahead(p, step) + piece(t, i),
+                           table + int64_t(p.at[step % kOfBlock * kTokens + t].x) * s.head_dim);
     }
     hopper::copy_async_commit();
   }
 };
 
 template <class T>
-__device__ void q4_drain_rope(const Q4GemmSink& s, const Q4DrainPlace& p, const float (&acc)[T::kBlocks][T::kRegs]) {
+__device__ void q4_drain_rope(const Q4GemmSink& s, const Q4DrainPlace& p,
+                              const float (&acc)[T::kBlocks][T::kRegs]) {
   using Steps = Q4RopeSteps<T>;
   const int half = s.head_dim / 2;
 #pragma unroll
@@ -126,9 +137,9 @@ __device__ void q4_drain_rope(const Q4GemmSink& s, const Q4DrainPlace& p, const 
       if (turned) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float2 turn = hopper::load_shared_pair(Steps::ahead(p, step) +
-                                                       Steps::piece(j * 8 + p.lane % 4 * 2 + e, p.warp * 4 + p.lane / 8) +
-                                                       p.lane / 4 % 2 * 8);
+          const float2 turn = hopper::load_shared_pair(
+              Steps::ahead(p, step) + Steps::piece(j * 8 + p.lane % 4 * 2 + e, p.warp * 4 + p.lane / 8) +
+              p.lane / 4 % 2 * 8);
           v[e] = c[e] * turn.x - c[2 + e] * turn.y;
           v[2 + e] = c[e] * turn.y + c[2 + e] * turn.x;
         }
@@ -144,8 +155,9 @@ __device__ void q4_drain_rope(const Q4GemmSink& s, const Q4DrainPlace& p, const 
     if (from >= s.n) continue;
     const int head = from / s.head_dim;
     const bool rotated = from < s.rotated, query = rotated && head < s.heads;
-    const int64_t column = rotated ? (query ? head : head - s.heads) * s.head_dim + from % s.head_dim / 2 + piece % 2 * half
-                                   : from - s.rotated + piece % 2 * 8;
+    const int64_t column =
+        rotated ? (query ? head : head - s.heads) * s.head_dim + from % s.head_dim / 2 + piece % 2 * half
+                : from - s.rotated + piece % 2 * 8;
     __half* to = static_cast<__half*>(query ? s.y : rotated ? s.k : s.v) + column;
     const int64_t width = s.kv_heads * s.head_dim;
 #pragma unroll
@@ -161,7 +173,8 @@ __device__ void q4_drain_rope(const Q4GemmSink& s, const Q4DrainPlace& p, const 
 
 template <class T>
 struct Q4StoreSteps {
-  static constexpr int kTokens = 16, kOfBlock = T::kColumns / kTokens, kSteps = T::kBlocks * kOfBlock, kAhead = 4;
+  static constexpr int kTokens = 16, kOfBlock = T::kColumns / kTokens, kSteps = T::kBlocks * kOfBlock,
+                       kAhead = 4;
   static constexpr int kBytes = kTokens * 256;  // 64 rows a token
   static_assert(kBytes <= kQ4DrainAhead && kQ4DrainAhead + kAhead * kBytes <= kQ4DrainBytes);
 
@@ -175,13 +188,15 @@ struct Q4StoreSteps {
     if (step < kSteps && s.residual && row < s.n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (token + 8 * i < s.tokens) hopper::copy_async(ahead(p, step, i), s.residual + int64_t(token + 8 * i) * s.n + row);
+        if (token + 8 * i < s.tokens)
+          hopper::copy_async(ahead(p, step, i), s.residual + int64_t(token + 8 * i) * s.n + row);
     hopper::copy_async_commit();
   }
 };
 
 template <class T>
-__device__ void q4_drain_store(const Q4GemmSink& s, const Q4DrainPlace& p, const float (&acc)[T::kBlocks][T::kRegs]) {
+__device__ void q4_drain_store(const Q4GemmSink& s, const Q4DrainPlace& p,
+                               const float (&acc)[T::kBlocks][T::kRegs]) {
   using Steps = Q4StoreSteps<T>;
   constexpr auto piece_at = q4_piece<16>;
   const int piece = int(p.thread % 16), local = int(p.thread / 16);

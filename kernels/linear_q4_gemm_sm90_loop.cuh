@@ -1,6 +1,6 @@
-// The main loop of the Hopper kernels of linear_q4_gemm.h. A producer warp fills a ring of stages by TMA (64 columns
-// of activations, packed weights, scales); two warpgroups turn weights into register A fragments and issue wgmma
-// against the activations. A warpgroup converts block i+1 while the tensor core works on block i.
+// The main loop of the Hopper kernels of linear_q4_gemm.h. A producer warp fills a ring of stages by TMA (64
+// columns of activations, packed weights, scales); two warpgroups turn weights into register A fragments and
+// issue wgmma against the activations. A warpgroup converts block i+1 while the tensor core works on block i.
 #pragma once
 #include <cuda.h>
 
@@ -25,8 +25,8 @@ struct Q4Operands {
   bool half_grid;
 };
 
-// A stage is kStageTiles tiles of K: two where it is small, so that waiting and bookkeeping cost half as much.
-// kPerSm blocks share a multiprocessor; kReserved bytes of shared memory are for the epilogue.
+// A stage is kStageTiles tiles of K: two where it is small, so that waiting and bookkeeping cost half as
+// much. kPerSm blocks share a multiprocessor; kReserved bytes of shared memory are for the epilogue.
 template <int kRows_, int kColumns_, int kCluster_, int kStageTiles_, int kPerSm_, int kReserved_>
 struct Q4Tile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kCluster = kCluster_, kPerSm = kPerSm_;
@@ -38,11 +38,13 @@ struct Q4Tile {
   static constexpr int kSBytes = kRows / 16 * 2 * 32 * kStageTiles;  // at most a scale every 32 columns
   static constexpr int kStageBytes = kXBytes + kWBytes + kSBytes;
   static constexpr int kReserved = kReserved_;
-  // And the producer, one thread: of a warpgroup where registers are to be moved to the consumers, else of a warp.
+  // And the producer, one thread: of a warpgroup where registers are to be moved to the consumers, else of a
+  // warp.
   static constexpr bool kMoveRegisters = kPerSm == 1;
   static constexpr int kThreads = kQ4Consumers * 128 + (kMoveRegisters ? 128 : 32);
   static constexpr int kBarrierBytes = 256;
-  static constexpr int kLimit = int(kPerSm == 1 ? kQ4SharedBytes : kQ4SharedBytesOfTwo) - kReserved - kBarrierBytes;
+  static constexpr int kLimit =
+      int(kPerSm == 1 ? kQ4SharedBytes : kQ4SharedBytesOfTwo) - kReserved - kBarrierBytes;
   static constexpr int kStages = kLimit / kStageBytes < 12 ? kLimit / kStageBytes : 12;
   static constexpr int kBarriers = kStages * kStageBytes;  // offsets
   static constexpr int kRest = kBarriers + kBarrierBytes;
@@ -50,9 +52,9 @@ struct Q4Tile {
   static_assert(kStages * kStageTiles >= 4 && kBlocks * kRegs <= 128 && kStages * 16 <= kBarrierBytes);
 };
 
-// Sums pass through shared memory: 64 rows x some tokens in f32, a token's rows together, 76 floats a token, and 8 of
-// them between rows 31 and 32, so that neither a warp's accumulators nor four rows of one token, or of 16 rows apart,
-// meet in a bank.
+// Sums pass through shared memory: 64 rows x some tokens in f32, a token's rows together, 76 floats a token,
+// and 8 of them between rows 31 and 32, so that neither a warp's accumulators nor four rows of one token, or
+// of 16 rows apart, meet in a bank.
 constexpr int kQ4TokenFloats = 76;
 constexpr int kQ4TokenBytes = kQ4TokenFloats * 4;
 
@@ -109,13 +111,14 @@ struct Q4Loader {
       if constexpr (T::kCluster == 1)
         hopper::tma_load(to, &map_x, column, token0, full);
       else
-        hopper::tma_load_multicast(to, &map_x, column, token0 + rank * kSlice, full, uint16_t((1 << T::kCluster) - 1));
+        hopper::tma_load_multicast(to, &map_x, column, token0 + rank * kSlice, full,
+                                   uint16_t((1 << T::kCluster) - 1));
     }
   }
 };
 
-// The producer's thread. Cursor: next() steps to the next stage; n_tile(), token0(), k_tile() say what it holds.
-// Weights depend on no kernel before this one: the whole ring of them is on its way before the waits.
+// The producer's thread. Cursor: next() steps to the next stage; n_tile(), token0(), k_tile() say what it
+// holds. Weights depend on no kernel before this one: the whole ring of them is on its way before the waits.
 template <class T, class Cursor>
 __device__ void q4_produce(const Q4Loader<T>& load, Cursor weights) {
   hopper::tma_prefetch_map(&load.map_w);
@@ -123,7 +126,8 @@ __device__ void q4_produce(const Q4Loader<T>& load, Cursor weights) {
   hopper::tma_prefetch_map(&load.map_x);
   Cursor activations = weights;
   int filled = 0;
-  for (; filled < T::kStages && weights.next(); ++filled) load.weights(filled, weights.n_tile(), weights.k_tile());
+  for (; filled < T::kStages && weights.next(); ++filled)
+    load.weights(filled, weights.n_tile(), weights.k_tile());
   if constexpr (T::kCluster > 1) hopper::cluster_wait();  // peers' barriers exist
   pdl_wait();
   for (int i = 0; i < filled; ++i) {
@@ -170,8 +174,8 @@ struct Q4Consumer {
 #pragma unroll
         for (int block = 0; block < T::kBlocks; ++block) {
           const int row_tile = (group * T::kBlocks + block) * 4 + warp;
-          const uint4 lane_words = *reinterpret_cast<const uint4*>(sh.w_data + at.stage * T::kWBytes +
-                                                                   row_tile * T::kWRowBytes + tile * kQ4TileBytes + lane * 16);
+          const uint4 lane_words = *reinterpret_cast<const uint4*>(
+              sh.w_data + at.stage * T::kWBytes + row_tile * T::kWRowBytes + tile * kQ4TileBytes + lane * 16);
           const uint32_t words[4] = {lane_words.x, lane_words.y, lane_words.z, lane_words.w};
           const __half* scales = reinterpret_cast<const __half*>(sh.s_data + at.stage * T::kSBytes) +
                                  row_tile * p.box_groups * 16 + lane / 4;
@@ -188,10 +192,11 @@ struct Q4Consumer {
           hopper::wgmma_fence();
 #pragma unroll
           for (int step = 0; step < 4; ++step)
-            hopper::WgmmaRs<T::kColumns, 0>::mma(acc[block], a[buffer][step], hopper::wgmma_k_major_at(x + 2 * step),
-                                                 !first || step > 0);
+            hopper::WgmmaRs<T::kColumns, 0>::mma(acc[block], a[buffer][step],
+                                                 hopper::wgmma_k_major_at(x + 2 * step), !first || step > 0);
           hopper::wgmma_commit();
-          hopper::wgmma_wait<1>();  // the step before is done: its fragments are free, and its stage if it was the last
+          hopper::wgmma_wait<1>();  // the step before is done: its fragments are free, and its stage if it
+                                    // was the last
           if (block == 0 && tile == 0 && !first) release();
         }
         if (tile == T::kStageTiles - 1) {
@@ -220,7 +225,8 @@ __device__ inline void q4_stage_sums(float* tokens, int warp, int lane, const fl
 
 #endif  // Q4S_SM90A
 
-// ---- host ----------------------------------------------------------------------------------------------------------
+// ---- host
+// ----------------------------------------------------------------------------------------------------------
 struct Q4Maps {
   CUtensorMap x, w, s;
 };

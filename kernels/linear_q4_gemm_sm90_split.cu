@@ -1,7 +1,7 @@
-// The Hopper kernel of linear_q4_gemm.h for few tokens, where reading the weights takes the time. The blocks of a
-// cluster compute one tile, each a part of K; each then sums a share of the tokens over all of them, straight from
-// their shared memory and in the order of K. Small tiles leave room for two blocks a multiprocessor: those of the
-// next product fetch weights while these finish.
+// The Hopper kernel of linear_q4_gemm.h for few tokens, where reading the weights takes the time. The blocks
+// of a cluster compute one tile, each a part of K; each then sums a share of the tokens over all of them,
+// straight from their shared memory and in the order of K. Small tiles leave room for two blocks a
+// multiprocessor: those of the next product fetch weights while these finish.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_sm90_loop.cuh"
 
@@ -9,7 +9,8 @@ namespace q4s {
 namespace {
 
 template <int kRows, int kColumns, int kPerSm>
-using Tile = Q4Tile<kRows, kColumns, 1, kRows * kColumns < 256 * 128 ? 2 : 1, kPerSm, 0>;
+using Tile = Q4Tile < kRows,
+      kColumns, 1, kRows* kColumns<256 * 128 ? 2 : 1, kPerSm, 0>;
 
 struct Params {
   Q4GemmSink sink;
@@ -21,8 +22,8 @@ struct Params {
 
 using namespace hopper;
 
-// Stages of one part of K of one tile. Blocks start at different places of their part: all at once, they would ask the
-// second cache for the same lines of activations.
+// Stages of one part of K of one tile. Blocks start at different places of their part: all at once, they
+// would ask the second cache for the same lines of activations.
 template <class T>
 struct Cursor {
   int n_tile_, token0_, begin, count, turn, done = -1;
@@ -62,7 +63,8 @@ __device__ float4 sum_parts(uint32_t address, int splits) {
   return sum;
 }
 
-// Places of a share of the tokens, dealt over the consumers' threads step by step: rows of a token along threads.
+// Places of a share of the tokens, dealt over the consumers' threads step by step: rows of a token along
+// threads.
 template <class T>
 struct SharePlaces {
   const Q4GemmSink& s;
@@ -70,20 +72,25 @@ struct SharePlaces {
   static constexpr int kThreads = kQ4Consumers * 128;
 
   __device__ int lanes() const { return s.output == Q4GemmOutput::kStore ? T::kRows / 4 : T::kRows / 8; }
-  __device__ int item(int i) const { return (step * (s.output == Q4GemmOutput::kStore ? 4 : 2) + i) * kThreads + int(threadIdx.x); }
+  __device__ int item(int i) const {
+    return (step * (s.output == Q4GemmOutput::kStore ? 4 : 2) + i) * kThreads + int(threadIdx.x);
+  }
   __device__ int token(int i) const { return item(i) / lanes(); }  // of the share
   __device__ int row(int i) const {
     const int lane = item(i) % lanes();
     return s.output == Q4GemmOutput::kStore ? lane * 4 : lane / 2 * 16 + lane % 2 * 4;
   }
-  __device__ bool any() const { return step * (s.output == Q4GemmOutput::kStore ? 4 : 2) * kThreads < count * lanes(); }
+  __device__ bool any() const {
+    return step * (s.output == Q4GemmOutput::kStore ? 4 : 2) * kThreads < count * lanes();
+  }
   __device__ Q4SinkPlace operator()(int i) const {
     return {row0 + row(i), token(i) < count ? token0 + first + token(i) : -1};
   }
 };
 
 template <class T>
-__device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, int rank, int units, int row0, int token0) {
+__device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, int rank, int units, int row0,
+                        int token0) {
   Q4Consumer<T> me{sh, p.operands};
   float acc[T::kBlocks][T::kRegs];
   me.multiply(units, acc);
@@ -94,8 +101,8 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
   for (int b = 0; b < T::kBlocks; ++b)
 #pragma unroll
     for (int j = 0; j < T::kColumns / 8; ++j)
-      q4_stage_sums(staged + ((me.group * T::kBlocks + b) * T::kColumns + j * 8) * kQ4TokenFloats, me.warp, me.lane,
-                    &acc[b][j * 4]);
+      q4_stage_sums(staged + ((me.group * T::kBlocks + b) * T::kColumns + j * 8) * kQ4TokenFloats, me.warp,
+                    me.lane, &acc[b][j * 4]);
   const int tokens = min(T::kColumns, p.sink.tokens - token0);
   SharePlaces<T> places{p.sink, row0, token0, tokens * rank / p.splits, 0, 0};
   places.count = tokens * (rank + 1) / p.splits - places.first;
@@ -106,7 +113,8 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
   while (places.any()) {
     batch.finish(p.sink, places, [&](int i, int upper) {
       const int row = places.row(i);
-      const int at = (row / 64 * T::kColumns + places.first + places.token(i)) * kQ4TokenFloats + q4_row_offset(row % 64);
+      const int at = (row / 64 * T::kColumns + places.first + places.token(i)) * kQ4TokenFloats +
+                     q4_row_offset(row % 64);
       return sum_parts(base + 4 * at + 32 * upper, p.splits);
     });
     ++places.step;
@@ -134,8 +142,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kPerSm)
     if constexpr (T::kMoveRegisters) give_registers<40>();
     if (threadIdx.x == kQ4Consumers * 128)
       q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, 0},
-                    Cursor<T>{row_block * (T::kRows / 16), token0, begin * T::kUnitStages, (end - begin) * T::kUnitStages,
-                              row_block % (end - begin) * T::kUnitStages});
+                    Cursor<T>{row_block * (T::kRows / 16), token0, begin * T::kUnitStages,
+                              (end - begin) * T::kUnitStages, row_block % (end - begin) * T::kUnitStages});
     return;
   }
   if constexpr (T::kMoveRegisters) take_registers<232>();
@@ -150,8 +158,8 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   p.sink = q4_gemm_sink(a);
   p.units = c.k_blocks, p.column_blocks = c.column_blocks, p.splits = c.splits;
   const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns, T::kStageTiles, p.operands);
-  launch("q4_gemm_split", q4_gemm_split_kernel<T>, dim3(unsigned(c.row_blocks * c.column_blocks * c.splits)), T::kThreads,
-         T::kBytes, c.splits, a.pdl, stream, maps, p);
+  launch("q4_gemm_split", q4_gemm_split_kernel<T>, dim3(unsigned(c.row_blocks * c.column_blocks * c.splits)),
+         T::kThreads, T::kBytes, c.splits, a.pdl, stream, maps, p);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The Hopper kernel of linear_q4_gemm.h that streams work. Persistent: a cluster walks a list of (tile, K range) parts.
-// Parts of one tile meet through the workspace, summed in the order of K.
+// The Hopper kernel of linear_q4_gemm.h that streams work. Persistent: a cluster walks a list of (tile, K
+// range) parts. Parts of one tile meet through the workspace, summed in the order of K.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_schedule.h"
 #include "kernels/linear_q4_gemm_sm90_drain.cuh"
@@ -53,8 +53,8 @@ class Cursor {
 
 // Adds the parts of a split tile that later clusters computed, in the order of K.
 template <class T>
-__device__ void gather_parts(const Params& p, const Q4GemmSchedule& schedule, const Q4GemmPart& part, int v, int rank,
-                             const Q4Consumer<T>& me, float (&acc)[T::kBlocks][T::kRegs]) {
+__device__ void gather_parts(const Params& p, const Q4GemmSchedule& schedule, const Q4GemmPart& part, int v,
+                             int rank, const Q4Consumer<T>& me, float (&acc)[T::kBlocks][T::kRegs]) {
   const int64_t tile_end = int64_t(part.tile + 1) * p.work.k_blocks;
   for (int h = v + 1; schedule.first_unit(h) < tile_end; ++h) {
     const int slot = (h * T::kCluster + rank) * kQ4Consumers + me.group;
@@ -90,7 +90,8 @@ __device__ void publish_part(const Params& p, int v, int rank, const Q4Consumer<
   if (me.thread == 0) flag_set(p.flags + slot);
 }
 
-// Rows and tokens of a chunk as a thread of the warpgroup takes them: a token's rows lie along neighbouring threads.
+// Rows and tokens of a chunk as a thread of the warpgroup takes them: a token's rows lie along neighbouring
+// threads.
 struct ChunkPlaces {
   const Q4GemmSink& s;
   int thread, row0, token0;
@@ -108,8 +109,8 @@ struct ChunkPlaces {
 
 // A tile's sums to their place, kChunk tokens of 64 rows at a time.
 template <class T>
-__device__ void drain(const Q4GemmSink& s, float* buffer, int row0, int token0, int group, int thread, int warp, int lane,
-                      const float (&acc)[T::kBlocks][T::kRegs]) {
+__device__ void drain(const Q4GemmSink& s, float* buffer, int row0, int token0, int group, int thread,
+                      int warp, int lane, const float (&acc)[T::kBlocks][T::kRegs]) {
   constexpr int kOfBlock = T::kColumns / kChunk, kChunks = T::kBlocks * kOfBlock;
   Q4SinkBatch batch;
   batch.fetch(s, ChunkPlaces{s, thread, row0, token0});
@@ -121,14 +122,16 @@ __device__ void drain(const Q4GemmSink& s, float* buffer, int row0, int token0, 
       if (chunk == c)
 #pragma unroll
         for (int j = 0; j < kChunk / 8; ++j)
-          q4_stage_sums(buffer + j * 8 * kQ4TokenFloats, warp, lane, &acc[c / kOfBlock][(c % kOfBlock * (kChunk / 8) + j) * 4]);
+          q4_stage_sums(buffer + j * 8 * kQ4TokenFloats, warp, lane,
+                        &acc[c / kOfBlock][(c % kOfBlock * (kChunk / 8) + j) * 4]);
     named_barrier(1 + group, 128);
     const auto places = [&](int c) {
       return ChunkPlaces{s, thread, row0 + c / kOfBlock * 64, token0 + c % kOfBlock * kChunk};
     };
     const ChunkPlaces here = places(chunk);
     batch.finish(s, here, [&](int i, int upper) {
-      return *reinterpret_cast<const float4*>(buffer + here.token(i) * kQ4TokenFloats + q4_row_offset(here.row()) + 8 * upper);
+      return *reinterpret_cast<const float4*>(buffer + here.token(i) * kQ4TokenFloats +
+                                              q4_row_offset(here.row()) + 8 * upper);
     });
     if (chunk + 1 < kChunks) batch.fetch(s, places(chunk + 1));
     named_barrier(1 + group, 128);
@@ -141,7 +144,8 @@ __device__ void finish_tile(const Params& p, const Q4DrainPlace& at, uint8_t* bu
                             const float (&acc)[T::kBlocks][T::kRegs]) {
   if (!p.drain) {
     named_barrier(1 + at.group, 128);  // the buffer may serve the tile before
-    drain<T>(p.sink, reinterpret_cast<float*>(buffer), at.row0, at.token0, at.group, int(at.thread), int(at.warp), int(at.lane), acc);
+    drain<T>(p.sink, reinterpret_cast<float*>(buffer), at.row0, at.token0, at.group, int(at.thread),
+             int(at.warp), int(at.lane), acc);
   } else if (p.sink.output == Q4GemmOutput::kSwiglu) {
     q4_drain_swiglu<T>(p.sink, at, acc);
   } else if (p.sink.output == Q4GemmOutput::kStore) {
@@ -163,14 +167,23 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, i
     me.multiply(part.end - part.begin, acc);
     const int row0 = (part.row_block * T::kCluster + rank) * T::kRows + me.group * T::kBlocks * 64;
     const int token0 = part.column_block * T::kColumns;
-    Q4DrainPlace at{row0, token0, me.group, uint32_t(me.thread), uint32_t(me.warp), uint32_t(me.lane), smem_address(buffer), places};
+    Q4DrainPlace at{row0,
+                    token0,
+                    me.group,
+                    uint32_t(me.thread),
+                    uint32_t(me.warp),
+                    uint32_t(me.lane),
+                    smem_address(buffer),
+                    places};
     at.pin();
     if (part.begin == 0 && p.drain) {
       if (p.sink.output == Q4GemmOutput::kRopeKv) {
         at.sync();  // the places of the tile before are read
 #pragma unroll
         for (int i = me.thread; i < T::kColumns; i += 128)
-          places[i] = token0 + i < p.sink.tokens ? make_int2(p.sink.position[token0 + i], p.sink.sequence[token0 + i]) : make_int2(0, 0);
+          places[i] = token0 + i < p.sink.tokens
+                          ? make_int2(p.sink.position[token0 + i], p.sink.sequence[token0 + i])
+                          : make_int2(0, 0);
         at.sync();
       }
       q4_drain_begin<T>(p.sink, at);
@@ -210,7 +223,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kPerSm)
   } else {
     if constexpr (T::kMoveRegisters) take_registers<232>();
     if constexpr (T::kCluster > 1) cluster_wait();  // peers' barriers exist
-    pdl_wait();  // the sums below read and write what it may still use
+    pdl_wait();                                     // the sums below read and write what it may still use
     consume<T>(p, sh, raw + T::kRest, v, rank);
   }
   if constexpr (T::kCluster > 1) cluster_sync();  // peers still multicast to and arrive at a block's memory
@@ -226,8 +239,8 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   p.flags = reinterpret_cast<int*>(a.workspace);
   p.partial = reinterpret_cast<float4*>(a.workspace + kFlagBytes);
   const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns / T::kCluster, T::kStageTiles, p.operands);
-  launch("q4_gemm_stream", q4_gemm_stream_kernel<T>, dim3(unsigned(c.clusters * T::kCluster)), T::kThreads, T::kBytes,
-         T::kCluster, a.pdl, stream, maps, p);
+  launch("q4_gemm_stream", q4_gemm_stream_kernel<T>, dim3(unsigned(c.clusters * T::kCluster)), T::kThreads,
+         T::kBytes, T::kCluster, a.pdl, stream, maps, p);
 }
 
 }  // namespace

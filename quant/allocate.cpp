@@ -188,7 +188,8 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
       RowCoupling coupling;
       run_block(u, [&](const float* in) {  // exact, for the statistics
         if (coupled && u == Unit::kQkv)
-          coupling = couple_attention(c, backend, in, w.get(), std::min(sequences, coupling_sequences(c)), seq_len, team);
+          coupling = couple_attention(c, backend, in, w.get(), std::min(sequences, coupling_sequences(c)),
+                                      seq_len, team);
       });
       if (coupled && u == Unit::kDown && l == c.layers - 1)
         coupling = couple_output(m, backend, nullptr, moved.get(), tokens, team);

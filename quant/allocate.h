@@ -34,12 +34,13 @@ std::vector<UnitChoices> try_formats(LlamaModel&, Backend&, const QuantizedFrame
                                      const QuantizeOptions&,
                                      const std::function<void(int64_t, int64_t)>& progress);
 
-// Fills `alone` and `effect`: for every linear, the mean KL of the model with that linear alone quantised by GPTQ
-// (signed, groups of 128), over the relative error this makes in the linear's own output. On the first calibration
-// sequences. GPTQ and not rounding, since the effect hangs on where the error lies: plain rounding errs most along the
-// strongest inputs, which makes qkv look twice as sensitive as it then is. With the coupling of rows where `coupled`.
-void measure_effects(LlamaModel&, Backend&, const Calibration&, std::vector<UnitChoices>&,
-                     bool coupled, const std::function<void(int64_t, int64_t)>& progress);
+// Fills `alone` and `effect`: for every linear, the mean KL of the model with that linear alone quantised by
+// GPTQ (signed, groups of 128), over the relative error this makes in the linear's own output. On the first
+// calibration sequences. GPTQ and not rounding, since the effect hangs on where the error lies: plain
+// rounding errs most along the strongest inputs, which makes qkv look twice as sensitive as it then is. With
+// the coupling of rows where `coupled`.
+void measure_effects(LlamaModel&, Backend&, const Calibration&, std::vector<UnitChoices>&, bool coupled,
+                     const std::function<void(int64_t, int64_t)>& progress);
 
 // The seed's ladder, right: the `count` linears of the largest absolute loss take the first finer format that
 // halves it (the finest if none does).

@@ -1,5 +1,6 @@
 // quantize_blocks: the walk over a model. Two residual streams (the quantised model's, and where asked the
-// full-precision one's) go from block to block; each unit's inputs are made on the way, summed, and thrown away.
+// full-precision one's) go from block to block; each unit's inputs are made on the way, summed, and thrown
+// away.
 #include <algorithm>
 #include <cassert>
 #include <chrono>
@@ -54,8 +55,8 @@ void embed(const LlamaConfig& c, Backend& b, const Calibration& calibration, con
 
 class BlockWalk {
  public:
-  BlockWalk(const LlamaModel& model, Backend& backend, const QuantizedFrame& frame, const Calibration* calibration,
-            const QuantizeOptions& options, const QuantizeSink& sink)
+  BlockWalk(const LlamaModel& model, Backend& backend, const QuantizedFrame& frame,
+            const Calibration* calibration, const QuantizeOptions& options, const QuantizeSink& sink)
       : model_(model),
         backend_(backend),
         calibration_(calibration),
@@ -76,7 +77,8 @@ class BlockWalk {
     }
     w_ = Buffer(backend, largest, "weights of a linear");
     if (!calibration) return;
-    const WalkShape shape = walk_shape(c_, o_, calibration->samples, calibration->seq_len, backend.name() == "cuda");
+    const WalkShape shape =
+        walk_shape(c_, o_, calibration->samples, calibration->seq_len, backend.name() == "cuda");
     seq_len_ = calibration->seq_len;
     tokens_ = calibration->samples * seq_len_;
     chunk_ = shape.chunk;
@@ -163,8 +165,8 @@ class BlockWalk {
     if (u == Unit::kDown) runner.add_mlp(in, x, n);
   }
 
-  // Moves the quantised stream over o or down, once that is quantised: from its inputs if they were held, else made
-  // again.
+  // Moves the quantised stream over o or down, once that is quantised: from its inputs if they were held,
+  // else made again.
   void pass(Unit u, Activations& hold, int64_t t, int64_t n, float* x) {
     float* in = hold ? hold.open(t, n) : in_.get();
     if (!hold) inputs(*quant_, u, x, in, n);
@@ -195,7 +197,8 @@ class BlockWalk {
       if (full_) inputs(*full_, u, x_full, in_full_.get(), n);
       if (full_ && sums && o_.couple && u == Unit::kQkv && t == 0) {
         clock_->enter(Stage::kTarget);
-        coupling_ = couple_attention(c_, backend_, in_full_.get(), w_.get(), probe() / seq_len_, seq_len_, team_);
+        coupling_ =
+            couple_attention(c_, backend_, in_full_.get(), w_.get(), probe() / seq_len_, seq_len_, team_);
       }
       if (sums) {
         clock_->enter(Stage::kSums);
@@ -237,7 +240,8 @@ class BlockWalk {
     info.k = k;
     if (calibration_ && o_.covers(name)) info.damp = solver_->factor(o_.damp, o_.act_order);
     if (full_ && o_.couple && index == c_.layers - 1 && u == Unit::kDown)
-      coupling_ = couple_output(model_, backend_, o_.rotate ? &r1_ : nullptr, x_full_.open(0, probe()), probe(), team_);
+      coupling_ = couple_output(model_, backend_, o_.rotate ? &r1_ : nullptr, x_full_.open(0, probe()),
+                                probe(), team_);
     clock_->enter(Stage::kLosses);
     std::vector<WeightShape> shapes;  // before a solve clears what no input reaches
     for (const Projection& p : projections(c_))
@@ -281,7 +285,8 @@ class BlockWalk {
     if (o_.seed_method) {
       const HessianFactor& f = solver_->fetch();
       if (!f.ok())
-        throw Error(ErrorKind::kRuntime, name + ": the Hessian cannot be factored, which the seed's method needs");
+        throw Error(ErrorKind::kRuntime,
+                    name + ": the Hessian cannot be factored, which the seed's method needs");
       SeedResult r = seed_solve(read_weights(n * k).data(), n, f, format.grid, format.group, team_);
       result.values = std::move(r.values);
       rows = std::move(r.rows);
@@ -325,7 +330,9 @@ class BlockWalk {
     backend_.read(w.data(), w_.bytes(), w.size() * sizeof(float));
     return w;
   }
-  void write_weights(const std::vector<float>& w) { backend_.write(w_.bytes(), w.data(), w.size() * sizeof(float)); }
+  void write_weights(const std::vector<float>& w) {
+    backend_.write(w_.bytes(), w.data(), w.size() * sizeof(float));
+  }
 
   // The quantised stream through down; how far it is from the full-precision one.
   double advance() {
@@ -364,20 +371,22 @@ class BlockWalk {
   Weight rope_;
   std::unique_ptr<BlockRunner> quant_, full_;  // full_ only for the correction
   Activations x_, x_full_;                     // (T, D) residual streams
-  Activations hold_o_, hold_down_;             // (T, H hd), (T, F): inputs of the quantised model; or made again
-  Buffer in_, in_full_;                        // (chunk, widest) inputs of a linear
+  Activations hold_o_, hold_down_;  // (T, H hd), (T, F): inputs of the quantised model; or made again
+  Buffer in_, in_full_;             // (chunk, widest) inputs of a linear
 };
 
 }  // namespace
 
-void quantize_blocks(LlamaModel& m, Backend& backend, const QuantizedFrame& frame, const Calibration* calibration,
-                     const QuantizeOptions& options, const QuantizeSink& sink) {
+void quantize_blocks(LlamaModel& m, Backend& backend, const QuantizedFrame& frame,
+                     const Calibration* calibration, const QuantizeOptions& options,
+                     const QuantizeSink& sink) {
   assert(calibration || options.solve.rtn);
   BlockWalk walk(m, backend, frame, calibration, options, sink);
   for (int64_t l = 0; l < m.config.layers; ++l) walk.block(l);
   if (!sink.stage) return;
   const auto seconds = walk.clock().seconds();
-  for (int s = 0; s < kStages; ++s) sink.stage(std::string("blocks: ") + stage_name(Stage(s)), seconds[size_t(s)]);
+  for (int s = 0; s < kStages; ++s)
+    sink.stage(std::string("blocks: ") + stage_name(Stage(s)), seconds[size_t(s)]);
 }
 
 }  // namespace q4s

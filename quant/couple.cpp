@@ -21,17 +21,19 @@ std::vector<float> read(Backend& b, const float* from, int64_t count) {
 
 }  // namespace
 
-RowCoupling couple_attention(const LlamaConfig& c, Backend& backend, const float* in, const float* w, int64_t sequences,
-                             int64_t seq_len, const Team& team) {
+RowCoupling couple_attention(const LlamaConfig& c, Backend& backend, const float* in, const float* w,
+                             int64_t sequences, int64_t seq_len, const Team& team) {
   const int64_t d = c.dim, rows = c.q_dim() + c.kv_dim(), length = std::min(seq_len, coupling_positions(c));
-  const std::vector<float> x = read(backend, in, sequences * seq_len * d), weights = read(backend, w, rows * d);
+  const std::vector<float> x = read(backend, in, sequences * seq_len * d),
+                           weights = read(backend, w, rows * d);
   std::vector<float> qk(sequences * length * rows);
   team([&](Part part) {
     const auto [begin, end] = part.of(sequences * length, kTokens);
     for (int64_t t = begin; t < end; ++t) {  // products in pieces that end with a sequence or a piece of work
-      const int64_t s = t / length, p = t % length, n = std::min({kTokens - t % kTokens, length - p, end - t});
-      dense_gemm(Transpose::kNo, Transpose::kYes, n, rows, d, 1.0f, &x[(s * seq_len + p) * d], d, weights.data(), d,
-                 0.0f, &qk[t * rows], rows);
+      const int64_t s = t / length, p = t % length,
+                    n = std::min({kTokens - t % kTokens, length - p, end - t});
+      dense_gemm(Transpose::kNo, Transpose::kYes, n, rows, d, 1.0f, &x[(s * seq_len + p) * d], d,
+                 weights.data(), d, 0.0f, &qk[t * rows], rows);
       t += n - 1;
     }
   });
@@ -39,8 +41,8 @@ RowCoupling couple_attention(const LlamaConfig& c, Backend& backend, const float
                      unit_rows(c, Unit::kQkv), team);
 }
 
-RowCoupling couple_output(const LlamaModel& m, Backend& backend, const Rotation* r1, const float* x, int64_t tokens,
-                          const Team& team) {
+RowCoupling couple_output(const LlamaModel& m, Backend& backend, const Rotation* r1, const float* x,
+                          int64_t tokens, const Team& team) {
   const int64_t d = m.config.dim, stride = ceil_div(tokens, kOutputTokens);
   std::vector<float> all = read(backend, x, tokens * d), some;
   for (int64_t t = stride - 1; t < tokens; t += stride) some.insert(some.end(), &all[t * d], &all[t * d] + d);

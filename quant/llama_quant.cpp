@@ -77,10 +77,11 @@ Json choose_formats(const Cli& cli, LlamaModel& model, Backend& backend, const Q
     choose_worst(choices, cli.get_integer("observe"));
   } else {
     Progress bar("measuring effects", units, "linears");
-    measure_effects(model, backend, calibration, choices, options.couple && options.corrects(), [&](int64_t done, int64_t) {
-      stop_if_requested();
-      bar.update(done);
-    });
+    measure_effects(model, backend, calibration, choices, options.couple && options.corrects(),
+                    [&](int64_t done, int64_t) {
+                      stop_if_requested();
+                      bar.update(done);
+                    });
     choose_by_budget(choices, model.config, cli.get_real("bpw"));
   }
   Json formats = Json::object(), effects = Json::object();
@@ -285,7 +286,8 @@ int quantize(const Cli& cli) {
   };
   sink.block_done = [&](int64_t index, const BlockNorms& norms, const BlockReport& b) {
     block->index = index, block->norms = norms, block->report = b;
-    writing.submit([&writer, done = std::exchange(block, std::make_shared<FinishedBlock>())] { write(writer, *done); });
+    writing.submit(
+        [&writer, done = std::exchange(block, std::make_shared<FinishedBlock>())] { write(writer, *done); });
     report.blocks.push_back(b);
   };
   sink.stage = [&](const std::string& stage, double seconds) {
@@ -327,7 +329,8 @@ int quantize(const Cli& cli) {
     stages += strprintf("%s%s %.1f", stages.empty() ? "" : " | ", name.c_str(), seconds);
   log_info("seconds: %s", stages.c_str());
   const std::string device =
-      report.peak.device ? strprintf(" and %s of the device", bytes_text(double(report.peak.device)).c_str()) : "";
+      report.peak.device ? strprintf(" and %s of the device", bytes_text(double(report.peak.device)).c_str())
+                         : "";
   log_info("%s: %s, %.3f bits a weight in the blocks, %s, peak memory %s%s", target.c_str(),
            bytes_text(double(report.size_bytes)).c_str(), report.bits_per_weight,
            duration_text(std::chrono::duration<double>(Clock::now() - start).count()).c_str(),

@@ -18,7 +18,8 @@ void turn(float* x, int64_t rows, int64_t hd, const float* table, bool forward) 
   const int64_t half = hd / 2;
   for (int64_t r = 0; r < rows; ++r, x += hd)
     for (int64_t i = 0; i < half; ++i) {
-      const float c = table[2 * i], s = forward ? table[2 * i + 1] : -table[2 * i + 1], a = x[i], b = x[i + half];
+      const float c = table[2 * i], s = forward ? table[2 * i + 1] : -table[2 * i + 1], a = x[i],
+                  b = x[i + half];
       x[i] = a * c - b * s;
       x[i + half] = a * s + b * c;
     }
@@ -29,7 +30,8 @@ void add_square(const std::vector<float>& d, int64_t rows, int64_t hd, float wei
   dense_gemm(kYes, kNo, hd, hd, rows, weight, d.data(), hd, d.data(), hd, 1.0f, m, hd);
 }
 
-// The weights (L, L) of one head's attention over keys k (L, hd), queries q (L, hd); what a query does not see is 0.
+// The weights (L, L) of one head's attention over keys k (L, hd), queries q (L, hd); what a query does not
+// see is 0.
 void attention_weights(const float* q, const float* k, int64_t length, int64_t hd, float* a) {
   dense_gemm(kNo, kYes, length, length, hd, 1.0f / std::sqrt(float(hd)), q, hd, k, hd, 0.0f, a, length);
   for (int64_t p = 0; p < length; ++p, a += length) {
@@ -45,7 +47,8 @@ void attention_weights(const float* q, const float* k, int64_t length, int64_t h
 
 std::vector<float> attention_metric(const LlamaConfig& c, const std::vector<float>& qk, int64_t sequences,
                                     int64_t seq_len, const Team& team) {
-  const int64_t hd = c.head_dim, width = c.q_dim() + c.kv_dim(), shared = c.heads / c.kv_heads, length = seq_len;
+  const int64_t hd = c.head_dim, width = c.q_dim() + c.kv_dim(), shared = c.heads / c.kv_heads,
+                length = seq_len;
   const std::vector<float> rope = rope_table(c, length);
   const int64_t square = hd * hd, items = c.kv_heads * sequences;
   // One group of heads on one sequence each: its heads' queries, then its keys.
@@ -139,7 +142,8 @@ std::vector<float> logit_metric(const LlamaConfig& c, std::vector<float> x, cons
   std::vector<float> metric(d * d), mean(tokens * d);
   for_head([&](int64_t begin, int64_t count) {
     for_tokens([&](int64_t t, int64_t n) {
-      dense_gemm(kNo, kNo, n, d, count, 1.0f, &p[t * v + begin], v, rows.data(), d, begin ? 1.0f : 0.0f, &mean[t * d], d);
+      dense_gemm(kNo, kNo, n, d, count, 1.0f, &p[t * v + begin], v, rows.data(), d, begin ? 1.0f : 0.0f,
+                 &mean[t * d], d);
     });
     std::vector<float> scaled(count * d);
     for (int64_t i = 0; i < count; ++i) {

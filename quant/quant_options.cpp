@@ -43,9 +43,9 @@ void switch_off(const std::string& text, QuantizeOptions& o) {
     else if (part == "act-order")
       o.act_order = false;
     else
-      throw Error(
-          ErrorKind::kUsage,
-          "--off: \"" + part + "\": expected rotation, order, target, residual, coupling, search, refine, dither or act-order");
+      throw Error(ErrorKind::kUsage, "--off: \"" + part +
+                                         "\": expected rotation, order, target, residual, coupling, search, "
+                                         "refine, dither or act-order");
   }
 }
 
@@ -62,7 +62,8 @@ void declare_quant_options(Cli& cli) {
   cli.choice("head", {"q8", "f16", "q4"}, "format of embedding and head");
   cli.flag("rtn", "round to nearest: no calibration, no GPTQ");
   cli.text("off", "PARTS", "",
-           "leave out rotation, order, target, residual, coupling, search, refine, dither, act-order (comma list)");
+           "leave out rotation, order, target, residual, coupling, search, refine, dither, act-order (comma "
+           "list)");
   cli.text("only", "REGEX", "", "quantise only matching linears (blk.3.gate_up); the rest stays fp16");
   cli.list("tensor", "REGEX=FORMAT",
            "g32, g64, g128, row or q8 for matching linears; the first match counts");

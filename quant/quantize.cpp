@@ -35,14 +35,16 @@ QuantizedFrame quantize_frame(const LlamaModel& m, const QuantizeOptions& o, con
   return f;
 }
 
-WalkShape walk_shape(const LlamaConfig& c, const QuantizeOptions&, int64_t samples, int64_t seq_len, bool gpu) {
+WalkShape walk_shape(const LlamaConfig& c, const QuantizeOptions&, int64_t samples, int64_t seq_len,
+                     bool gpu) {
   const int64_t tokens = gpu ? std::clamp(kChunkValues / (2 * c.hidden), kChunk, kMostChunk) : kChunk;
   const int64_t all = samples * seq_len * (gpu ? 2 : 4);
   return {std::clamp<int64_t>(tokens / seq_len, 1, samples) * seq_len, all * c.q_dim() <= kMostHeld,
           all * c.hidden <= kMostHeld};
 }
 
-QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64_t samples, int64_t seq_len, bool gpu) {
+QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64_t samples, int64_t seq_len,
+                           bool gpu) {
   const int64_t streams = o.corrects() ? 2 : 1, tokens = samples * seq_len;
   const int64_t k = std::max({c.dim, c.q_dim(), c.hidden});
   int64_t widest = 0, residual = 0;

@@ -26,9 +26,9 @@ struct QuantizeOptions {
   double damp = 0.05;
   bool act_order = true;
   bool rotate = true;
-  bool order_hidden = true;        // quant/hidden_order.h
-  bool couple = true;              // quant/couple.h; only with a correction, which keeps full-precision activations
-  bool seed_method = false;        // quant/seed.h instead of our stack; analysis only
+  bool order_hidden = true;  // quant/hidden_order.h
+  bool couple = true;        // quant/couple.h; only with a correction, which keeps full-precision activations
+  bool seed_method = false;  // quant/seed.h instead of our stack; analysis only
   Format head = Format::kQ8;       // of embedding and head: kF16, kQ8, kQ4
   uint64_t seed = 0;               // of the rotation
   std::optional<std::regex> only;  // linears whose name does not match stay as they are, in fp16
@@ -85,7 +85,8 @@ void quantize_blocks(LlamaModel&, Backend&, const QuantizedFrame&, const Calibra
                      const QuantizeSink&);
 
 // How the walk cuts the tokens, a fixed rule of the shape: tokens of a step (enough to fill the device; whole
-// sequences), and whether the inputs of o and down are held until the quantised stream moves on, or made again.
+// sequences), and whether the inputs of o and down are held until the quantised stream moves on, or made
+// again.
 struct WalkShape {
   int64_t chunk;
   bool holds_o, holds_down;
@@ -97,7 +98,8 @@ struct QuantizePlan {
   int64_t weights, hessian, working, activations, forward;
   int64_t total() const { return weights + hessian + working + activations + forward; }
 };
-QuantizePlan plan_quantize(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len, bool gpu);
+QuantizePlan plan_quantize(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len,
+                           bool gpu);
 // Floating-point operations of the whole, without attention.
 double quantize_flops(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len,
                       bool self_written);

@@ -36,7 +36,8 @@ std::vector<RowCoupling::Step> RowCoupling::steps() const {
   return all;
 }
 
-RowCoupling couple_rows(const std::vector<float>& metric, int64_t blocks, int64_t size, int64_t n, const Team& team) {
+RowCoupling couple_rows(const std::vector<float>& metric, int64_t blocks, int64_t size, int64_t n,
+                        const Team& team) {
   assert(int64_t(metric.size()) == blocks * size * size && blocks * size <= n);
   RowCoupling c{blocks, size, std::vector<int32_t>(n), std::vector<float>(metric.size())};
   const int64_t free = c.free_rows();

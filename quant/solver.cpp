@@ -62,15 +62,19 @@ QuantizedLinear prepare(int64_t n, int64_t k, const SolveOptions& o) {
   return q;
 }
 
-// Scales and codes of rows that stand together: w, scales and codes from the first of n rows on. Returns the number of
-// sweeps.
-int decide(const float* w, int64_t n, const std::vector<float>& diagonal, const HessianFactor& f, const SolveOptions& o,
-           const Team& team, const QuantizedLinear& shape, uint16_t* scales, uint8_t* codes) {
+// Scales and codes of rows that stand together: w, scales and codes from the first of n rows on. Returns the
+// number of sweeps.
+int decide(const float* w, int64_t n, const std::vector<float>& diagonal, const HessianFactor& f,
+           const SolveOptions& o, const Team& team, const QuantizedLinear& shape, uint16_t* scales,
+           uint8_t* codes) {
   const int64_t k = f.k;
   const Levels levels = grid_levels(shape.grid);
   std::vector<float> work(n * k);
-  team([&](Part part) { gptq_scales_cpu({w, diagonal.data(), scales, n, k, shape.group, levels, o.search}, part); });
-  for_rows(n, team, [&](int64_t first, int64_t rows) { permute(w + first * k, f.order, rows, k, &work[first * k]); });
+  team([&](Part part) {
+    gptq_scales_cpu({w, diagonal.data(), scales, n, k, shape.group, levels, o.search}, part);
+  });
+  for_rows(n, team,
+           [&](int64_t first, int64_t rows) { permute(w + first * k, f.order, rows, k, &work[first * k]); });
   team([&](Part part) {
     gptq_solve_cpu({work.data(), f.u.data(), f.order.data(), scales, codes, n, k, shape.group, levels}, part);
   });
@@ -95,8 +99,8 @@ void decide_rows(const std::vector<float>& w, const std::vector<float>& diagonal
   std::vector<float> target(q.n * k), error(q.n * k);
   for (int64_t i = 0; i < q.n; ++i) std::copy_n(&w[c.rows[i] * k], k, &target[i * k]);
   for (const RowCoupling::Step& s : c.steps()) {
-    q.sweeps = decide(&target[s.begin * k], s.end - s.begin, diagonal, f, o, team, q, &placed.scales[s.begin * groups],
-                      &placed.codes[s.begin * k]);
+    q.sweeps = decide(&target[s.begin * k], s.end - s.begin, diagonal, f, o, team, q,
+                      &placed.scales[s.begin * groups], &placed.codes[s.begin * k]);
     placed.dequantize(s.begin, s.end, &error[s.begin * k]);
     for (int64_t i = s.begin * k; i < s.end * k; ++i) error[i] = target[i] - error[i];
     if (s.rank_end == size) break;
@@ -105,8 +109,8 @@ void decide_rows(const std::vector<float>& w, const std::vector<float>& diagonal
       for (int64_t b = first; b < last; ++b) {
         const int64_t ld = c.blocks * k, from = free * k + b * k;
         dense_gemm(Transpose::kYes, Transpose::kNo, size - s.rank_end, k, s.rank_end - s.rank_begin, -1.0f,
-                   &c.feedback[(b * size + s.rank_begin) * size + s.rank_end], size, &error[from + s.rank_begin * ld],
-                   ld, 1.0f, &target[from + s.rank_end * ld], ld);
+                   &c.feedback[(b * size + s.rank_begin) * size + s.rank_end], size,
+                   &error[from + s.rank_begin * ld], ld, 1.0f, &target[from + s.rank_end * ld], ld);
       }
     });
   }

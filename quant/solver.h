@@ -42,14 +42,15 @@ struct RowLoss {
   float error_max;   // max |dw|
 };
 
-// Dithered sweeps over a linear of n * k weights. A dither of .08 steps and 12 sweeps take 4 % off what is lost without,
-// 6 sweeps 3 % (less dither moves too little, .15 and more breaks up what GPTQ had arranged). They cost n k^2 each
-// against the tokens' k^2, so that a large linear gets few.
+// Dithered sweeps over a linear of n * k weights. A dither of .08 steps and 12 sweeps take 4 % off what is
+// lost without, 6 sweeps 3 % (less dither moves too little, .15 and more breaks up what GPTQ had arranged).
+// They cost n k^2 each against the tokens' k^2, so that a large linear gets few.
 constexpr float kDither = 0.08f;
 constexpr int dithered_sweeps(int64_t n, int64_t k) { return n * k <= int64_t(8) << 20 ? 12 : 4; }
 
-// The refinement after the GPTQ pass, by a device's sweep and refit: to a local minimum over codes and scales; then, where
-// asked, so many dithered sweeps that leave it, and to the next one. Returns the number of sweeps.
+// The refinement after the GPTQ pass, by a device's sweep and refit: to a local minimum over codes and
+// scales; then, where asked, so many dithered sweeps that leave it, and to the next one. Returns the number
+// of sweeps.
 template <class Sweep, class Refit>
 int refine_codes(GptqRefineArgs args, int dithered, Sweep sweep, Refit refit) {
   const auto settle = [&] {

@@ -1,5 +1,5 @@
-// UnitSolver on the GPU, on the stream of the backend that makes the activations. Packed codes, scales and losses go
-// back to the host; all else stays on the device, in memory that is kept from unit to unit.
+// UnitSolver on the GPU, on the stream of the backend that makes the activations. Packed codes, scales and
+// losses go back to the host; all else stays on the device, in memory that is kept from unit to unit.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -44,10 +44,11 @@ class CudaUnitSolver final : public UnitSolver {
     });
   }
 
-  void add(const float* x, const float* x_full, const float* r, const float* r_full, int64_t tokens) override {
+  void add(const float* x, const float* x_full, const float* r, const float* r_full,
+           int64_t tokens) override {
     device_guarded("statistics", [&] {
-      gptq_.statistics({x, corrects_ ? x_full : nullptr, residual_ ? r : nullptr, residual_ ? r_full : nullptr, h_.get(),
-                        d_.get(), e_.get(), tokens, k_, n_, scale_});
+      gptq_.statistics({x, corrects_ ? x_full : nullptr, residual_ ? r : nullptr,
+                        residual_ ? r_full : nullptr, h_.get(), d_.get(), e_.get(), tokens, k_, n_, scale_});
     });
   }
 
@@ -63,12 +64,13 @@ class CudaUnitSolver final : public UnitSolver {
       gptq_finite_cuda(h_.get(), k_ * k_, FLT_MAX, flag_.get(), stream_);
       int bad = 0;
       flag_.download(&bad, 1, stream_);
-      ok_ = climb_damping(f_, std::move(diagonal), bad == 0, damp, act_order, [&](const std::vector<float>& damped) {
-        diagonal_.upload(damped.data(), k_, stream_);
-        gptq_diagonal_cuda(h_.get(), diagonal_.get(), k_, true, stream_);
-        if (!f_.order.empty()) order_.upload(f_.order.data(), k_, stream_);
-        return gptq_.factor(h_.get(), order_.get(), u_.take(k_ * k_), k_);
-      });
+      ok_ = climb_damping(f_, std::move(diagonal), bad == 0, damp, act_order,
+                          [&](const std::vector<float>& damped) {
+                            diagonal_.upload(damped.data(), k_, stream_);
+                            gptq_diagonal_cuda(h_.get(), diagonal_.get(), k_, true, stream_);
+                            if (!f_.order.empty()) order_.upload(f_.order.data(), k_, stream_);
+                            return gptq_.factor(h_.get(), order_.get(), u_.take(k_ * k_), k_);
+                          });
       std::vector<int32_t> inverse(k_);
       for (int64_t i = 0; i < k_; ++i) inverse[f_.order[i]] = int32_t(i);
       inverse_.upload(inverse.data(), k_, stream_);
@@ -85,7 +87,8 @@ class CudaUnitSolver final : public UnitSolver {
   PackedWeight packed() override {
     return device_guarded("codes", [&] {
       PackedWeight p = empty_packed(solved_);
-      gptq_pack_cuda(codes_.get(), packed_.take(int64_t(p.data.size())), n_, k_, grid_bits(solved_.grid), stream_);
+      gptq_pack_cuda(codes_.get(), packed_.take(int64_t(p.data.size())), n_, k_, grid_bits(solved_.grid),
+                     stream_);
       packed_.download(p.data.data(), int64_t(p.data.size()), stream_);
       scales_.download(p.scales.data(), int64_t(p.scales.size()), stream_);
       return p;
@@ -94,8 +97,9 @@ class CudaUnitSolver final : public UnitSolver {
 
   void values(float* to) override {
     device_guarded("codes", [&] {
-      gptq_values_cuda({nullptr, scales_.get(), codes_.get(), n_, k_, solved_.group, grid_levels(solved_.grid)}, to,
-                       stream_);
+      gptq_values_cuda(
+          {nullptr, scales_.get(), codes_.get(), n_, k_, solved_.group, grid_levels(solved_.grid)}, to,
+          stream_);
     });
   }
 
@@ -145,7 +149,8 @@ class CudaUnitSolver final : public UnitSolver {
       std::vector<float> diagonal(k_);
       gptq_diagonal_cuda(h_.get(), diagonal_.get(), k_, false, stream_);
       diagonal_.download(diagonal.data(), k_, stream_);
-      const bool usable = std::all_of(diagonal.begin(), diagonal.end(), [](float v) { return std::isfinite(v) && v > 0; });
+      const bool usable =
+          std::all_of(diagonal.begin(), diagonal.end(), [](float v) { return std::isfinite(v) && v > 0; });
       enter(Stage::kSearch);
       round(w, usable ? diagonal_.get() : nullptr, o.search, q.group, levels, scales, codes);
       if (!o.rtn) q.fallback = q.kNoFactor;
@@ -168,21 +173,24 @@ class CudaUnitSolver final : public UnitSolver {
     if (solved && target == w) {
       for (RowLoss& r : q.rows) r.target_h = r.error_damped;
     } else if (solved) {
-      const std::vector<RowLoss> aimed = losses({target, h_.get(), scales, codes, n_, k_, q.group, levels}, false);
+      const std::vector<RowLoss> aimed =
+          losses({target, h_.get(), scales, codes, n_, k_, q.group, levels}, false);
       for (int64_t i = 0; i < n_; ++i) q.rows[i].target_h = aimed[i].error_damped;
     }
     // Plain rounding, for the report.
     uint16_t* plain_scales = plain_scales_.take(n_ * groups);
     uint8_t* plain_codes = packed_.take(count);
     round(w, nullptr, false, q.group, levels, plain_scales, plain_codes);
-    const std::vector<RowLoss> plain = losses({w, h_.get(), plain_scales, plain_codes, n_, k_, q.group, levels}, false);
+    const std::vector<RowLoss> plain =
+        losses({w, h_.get(), plain_scales, plain_codes, n_, k_, q.group, levels}, false);
     for (int64_t i = 0; i < n_; ++i) q.rows[i].rtn_h = plain[i].error_h;
     solved_ = q;
     return q;
   }
 
   // Scales and codes of n rows that stand together. Returns the number of sweeps.
-  int decide(const float* w, int64_t n, const QuantizedLinear& q, const SolveOptions& o, uint16_t* scales, uint8_t* codes) {
+  int decide(const float* w, int64_t n, const QuantizedLinear& q, const SolveOptions& o, uint16_t* scales,
+             uint8_t* codes) {
     const Levels levels = grid_levels(q.grid);
     enter(Stage::kSearch);
     gptq_scales_cuda({w, diagonal_.get(), scales, n, k_, q.group, levels, o.search}, stream_);
@@ -192,9 +200,9 @@ class CudaUnitSolver final : public UnitSolver {
     gptq_.solve({work, u_.get(), order_.get(), scales, codes, n, k_, q.group, levels});
     if (!o.refine) return 0;
     enter(Stage::kRefine);
-    return refine_codes({w, h_.get(), scales, codes, n, k_, q.group, levels},
-                        o.dither ? dithered_sweeps(n_, k_) : 0,
-                        [&](const GptqRefineArgs& a) { gptq_.sweep(a); }, [&](const GptqRefineArgs& a) { gptq_.refit(a); });
+    return refine_codes(
+        {w, h_.get(), scales, codes, n, k_, q.group, levels}, o.dither ? dithered_sweeps(n_, k_) : 0,
+        [&](const GptqRefineArgs& a) { gptq_.sweep(a); }, [&](const GptqRefineArgs& a) { gptq_.refit(a); });
   }
 
   // All rows for the target w: at once, or in the steps of their coupling.
@@ -213,17 +221,18 @@ class CudaUnitSolver final : public UnitSolver {
       const int64_t n = s.end - s.begin, at = s.begin * k_;
       uint16_t* step_scales = scales + s.begin * groups;
       sweeps = decide(target + at, n, q, o, step_scales, codes + at);
-      gptq_error_cuda({target + at, step_scales, codes + at, n, k_, q.group, grid_levels(q.grid)}, error + at, stream_);
-      gptq_.feed_back({feedback_.get(), error + free * k_, target + free * k_, c.blocks, c.size, s.rank_begin, s.rank_end,
-                       k_});
+      gptq_error_cuda({target + at, step_scales, codes + at, n, k_, q.group, grid_levels(q.grid)}, error + at,
+                      stream_);
+      gptq_.feed_back({feedback_.get(), error + free * k_, target + free * k_, c.blocks, c.size, s.rank_begin,
+                       s.rank_end, k_});
     }
     gptq_scatter_rows_cuda(codes, rows_.get(), codes_.get(), n_, k_, stream_);
     gptq_scatter_rows_cuda(scales, rows_.get(), scales_.get(), n_, 2 * groups, stream_);
     return sweeps;
   }
 
-  void round(const float* w, const float* weight, bool search, int64_t group, const Levels& l, uint16_t* scales,
-             uint8_t* codes) {
+  void round(const float* w, const float* weight, bool search, int64_t group, const Levels& l,
+             uint16_t* scales, uint8_t* codes) {
     gptq_scales_cuda({w, weight, scales, n_, k_, group, l, search}, stream_);
     gptq_round_cuda({w, scales, codes, n_, k_, group, l}, stream_);
   }
@@ -243,22 +252,23 @@ class CudaUnitSolver final : public UnitSolver {
   int64_t n_ = 0, k_ = 0;
   bool corrects_ = false, residual_ = false, ok_ = false;
   float scale_ = 0;
-  HessianFactor f_;                            // order, dead, damping; h and u once fetched
-  DeviceArray<float> h_, d_, u_;               // (K, K); h_ damped after factor()
-  DeviceArray<float> e_;                       // (N, K)
-  DeviceArray<float> diagonal_;                // (K) of h_
-  DeviceArray<int32_t> order_, inverse_;       // (K)
-  DeviceArray<uint8_t> dead_;                  // (K)
-  DeviceArray<int> flag_;                      // (1)
-  DeviceArray<float> target_, work_;           // (N, K) weights: corrected, in the factor's order
-  DeviceArray<float> placed_, error_;          // (N, K) rows in a coupling's order
-  DeviceArray<int32_t> rows_;                  // (N) that order
-  DeviceArray<float> feedback_;                // (blocks, size, size)
-  DeviceArray<uint16_t> placed_scales_;        // (N, G)
-  DeviceArray<uint8_t> codes_, packed_;        // (N, K); packed_ holds the codes of plain rounding and of a coupling too
+  HessianFactor f_;                       // order, dead, damping; h and u once fetched
+  DeviceArray<float> h_, d_, u_;          // (K, K); h_ damped after factor()
+  DeviceArray<float> e_;                  // (N, K)
+  DeviceArray<float> diagonal_;           // (K) of h_
+  DeviceArray<int32_t> order_, inverse_;  // (K)
+  DeviceArray<uint8_t> dead_;             // (K)
+  DeviceArray<int> flag_;                 // (1)
+  DeviceArray<float> target_, work_;      // (N, K) weights: corrected, in the factor's order
+  DeviceArray<float> placed_, error_;     // (N, K) rows in a coupling's order
+  DeviceArray<int32_t> rows_;             // (N) that order
+  DeviceArray<float> feedback_;           // (blocks, size, size)
+  DeviceArray<uint16_t> placed_scales_;   // (N, G)
+  DeviceArray<uint8_t> codes_,
+      packed_;  // (N, K); packed_ holds the codes of plain rounding and of a coupling too
   DeviceArray<uint16_t> scales_, plain_scales_;  // (N, G)
-  QuantizedLinear solved_;                     // without codes and scales
-  DeviceArray<RowSums> sums_;                  // (N)
+  QuantizedLinear solved_;                       // without codes and scales
+  DeviceArray<RowSums> sums_;                    // (N)
   DeviceArray<double> distances_;
 };
 

@@ -11,8 +11,8 @@ namespace {
 
 void require(bool ok, const std::string& node, const std::string& what, int64_t expected, int64_t got) {
   if (ok) return;
-  throw Error(ErrorKind::kInput, node + ": " + what + ": expected " + std::to_string(expected) + ", got " +
-                                     std::to_string(got));
+  throw Error(ErrorKind::kInput,
+              node + ": " + what + ": expected " + std::to_string(expected) + ", got " + std::to_string(got));
 }
 void require_equal(const std::string& node, const std::string& what, int64_t expected, int64_t got) {
   require(expected == got, node, what, expected, got);
@@ -90,7 +90,8 @@ Tensor& Graph::linear(Tensor& x, const Weight& w, Tensor* residual) {
 Tensor& Graph::rope_kv(Tensor& qkv, const Weight& table, Tensor& position, Tensor& sequence, HeadShape h) {
   require_equal(qkv.name, "columns", (h.heads + 2 * h.kv_heads) * h.head_dim, qkv.cols);
   require_equal(table.name, "columns", h.head_dim, table.view.k);
-  Tensor& t = add(Op::kRopeKv, qkv.name + ".rope", qkv.rows, h.heads * h.head_dim, {&qkv, &position, &sequence});
+  Tensor& t =
+      add(Op::kRopeKv, qkv.name + ".rope", qkv.rows, h.heads * h.head_dim, {&qkv, &position, &sequence});
   t.weight = &table;
   t.head = h;
   return t;
@@ -136,8 +137,8 @@ Tensor& Graph::norm_linear_swiglu(Tensor& x, const Weight& gain, float eps, cons
   return t;
 }
 
-Tensor& Graph::norm_linear_rope_kv(Tensor& x, const Weight& gain, float eps, const Weight& qkv, const Weight& table,
-                                   Tensor& position, Tensor& sequence, HeadShape h) {
+Tensor& Graph::norm_linear_rope_kv(Tensor& x, const Weight& gain, float eps, const Weight& qkv,
+                                   const Weight& table, Tensor& position, Tensor& sequence, HeadShape h) {
   require_equal(qkv.name, "rows", (h.heads + 2 * h.kv_heads) * h.head_dim, qkv.view.n);
   require_equal(table.name, "columns", h.head_dim, table.view.k);
   Tensor& t = norm_linear(x, gain, eps, qkv);
@@ -178,7 +179,8 @@ size_t Graph::plan() {
     }
     // A residual that nobody reads again becomes the sum.
     const Tensor* residual = t.op == Op::kLinear && t.epilogue == Epilogue::kNone ? t.src[1] : nullptr;
-    if (!residual || residual->op == Op::kInput || residual->keep || last_use.at(residual) != i || t.src[0] == residual)
+    if (!residual || residual->op == Op::kInput || residual->keep || last_use.at(residual) != i ||
+        t.src[0] == residual)
       continue;
     home.back() = home[size_t(step.at(residual))];
     Lifetime& life = lives[size_t(home.back())];

@@ -38,9 +38,10 @@ class Timer {
     run(graph, 1);
     return run(graph, 64);
   }
-  // Several works in turn, `rounds` times, each for about `burst` microseconds at a time: a card at its power limit slows
-  // down for all of them alike. Median microseconds of each.
-  std::vector<double> alternate(const std::vector<std::function<void(cudaStream_t)>>& works, double burst, int rounds) {
+  // Several works in turn, `rounds` times, each for about `burst` microseconds at a time: a card at its power
+  // limit slows down for all of them alike. Median microseconds of each.
+  std::vector<double> alternate(const std::vector<std::function<void(cudaStream_t)>>& works, double burst,
+                                int rounds) {
     std::vector<Graph> graphs;
     std::vector<int> launches;
     for (const auto& work : works) {

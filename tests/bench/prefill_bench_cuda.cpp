@@ -1,9 +1,10 @@
-// Prefill kernels on the device: a bring-up ladder (kernels in processes of their own, so that a fault in one does not
-// hide the others), random shapes against fp64, repeatability, and times beside cuBLAS of the same process.
+// Prefill kernels on the device: a bring-up ladder (kernels in processes of their own, so that a fault in one
+// does not hide the others), random shapes against fp64, repeatability, and times beside cuBLAS of the same
+// process.
 //   prefill_bench_cuda [--check | --quick | --sweep | --profile TOKENS] [--no-fork]
-// --check: few small shapes and no timing, for compute-sanitizer (with --no-fork). --quick: the goals' table alone
-// behind fewer random shapes. --sweep: every tile and way of cutting too. --profile: the four
-// products of a layer and nothing else, for a profiler.
+// --check: few small shapes and no timing, for compute-sanitizer (with --no-fork). --quick: the goals' table
+// alone behind fewer random shapes. --sweep: every tile and way of cutting too. --profile: the four products
+// of a layer and nothing else, for a profiler.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -28,11 +29,13 @@ double run_case(const GemmCase& c, const Q4GemmConfig& config, uint64_t seed, bo
   GemmProblem problem(c, seed);
   const GemmResult first = problem.run(config, pdl);
   double worst = std::max(problem.check(first, c.print().c_str()), problem.activation_error());
-  if (!first.guards_intact) std::printf("    guard words or flags damaged: %s\n", c.print().c_str()), worst = 1e9;
+  if (!first.guards_intact)
+    std::printf("    guard words or flags damaged: %s\n", c.print().c_str()), worst = 1e9;
   const GemmResult second = problem.run(config, pdl);
   if (first.y != second.y || first.k != second.k || first.v != second.v)
     std::printf("    not repeatable: %s\n", c.print().c_str()), worst = 1e9;
-  if (worst > 1) std::printf("    failed: %s | %s | error/bound %.3g\n", c.print().c_str(), config.print().c_str(), worst);
+  if (worst > 1)
+    std::printf("    failed: %s | %s | error/bound %.3g\n", c.print().c_str(), config.print().c_str(), worst);
   return worst;
 }
 
@@ -50,7 +53,8 @@ int ladder(const std::function<Q4GemmConfig(const GemmCase&, bool)>& config, int
       {{m + 1, 700, 1100, 32, Grid::kInt, Q4GemmOutput::kStore, true}, true},
       {{m - 1, 2 * 172, 576, 1 << 20, Grid::kInt, Q4GemmOutput::kSwiglu}, true},
       {{m, 6 * 64, 512, 64, Grid::kHalf, Q4GemmOutput::kRopeKv, false, false, true, 4, 1, 64}, true}};
-  if (!quick) steps.push_back({{3 * m, 9000, 256, 64}, false}), steps.push_back({{2 * m, 9000, 320, 64}, true});
+  if (!quick)
+    steps.push_back({{3 * m, 9000, 256, 64}, false}), steps.push_back({{2 * m, 9000, 320, 64}, true});
   int failed = 0;
   for (size_t i = 0; i < steps.size(); ++i) {
     const double worst = run_case(steps[i].first, config(steps[i].first, steps[i].second), 100 + i, i % 2);
@@ -80,11 +84,13 @@ bool isolated(const std::function<int()>& f, bool fork_allowed, unsigned limit =
   }
   int status = 0;
   waitpid(child, &status, 0);
-  if (WIFSIGNALED(status)) std::printf(" signal %d%s", WTERMSIG(status), WTERMSIG(status) == SIGALRM ? " (hung)" : "");
+  if (WIFSIGNALED(status))
+    std::printf(" signal %d%s", WTERMSIG(status), WTERMSIG(status) == SIGALRM ? " (hung)" : "");
   return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
-// ---- random shapes ---------------------------------------------------------------------------------------------
+// ---- random shapes
+// ---------------------------------------------------------------------------------------------
 
 GemmCase random_case(std::mt19937_64& r) {
   const auto pick = [&](std::initializer_list<int64_t> v) { return v.begin()[r() % v.size()]; };
@@ -119,15 +125,20 @@ bool random_shapes(int count, int sms, bool hopper) {
     if (config.kernel != Q4GemmKernel::kPortable) {
       const size_t t = r();
       if (i % 4 == 1) config = q4_gemm_config_portable(s);
-      if (i % 4 == 2) config = q4_gemm_config_stream(s, kQ4GemmStreamTiles[t % std::size(kQ4GemmStreamTiles)], r() % 2);
-      if (i % 4 == 3) config = q4_gemm_config_split(s, kQ4GemmSplitTiles[t % std::size(kQ4GemmSplitTiles)], 1 + int(r() % 8));
+      if (i % 4 == 2)
+        config = q4_gemm_config_stream(s, kQ4GemmStreamTiles[t % std::size(kQ4GemmStreamTiles)], r() % 2);
+      if (i % 4 == 3)
+        config =
+            q4_gemm_config_split(s, kQ4GemmSplitTiles[t % std::size(kQ4GemmSplitTiles)], 1 + int(r() % 8));
     }
     ++of_kernel[int(config.kernel)], streamed += config.streamed > 0;
     const double e = run_case(c, config, 1000 + i, i % 2);
     worst = std::max(worst, e), failed += !(e <= 1);
   }
-  std::printf("random shapes: %d, %d failed, worst error/bound %.3f (stream %d of which %d in parts, split %d, mma.sync %d; %.1f s)\n",
-              count, failed, worst, of_kernel[0], streamed, of_kernel[1], of_kernel[2], seconds() - start);
+  std::printf(
+      "random shapes: %d, %d failed, worst error/bound %.3f (stream %d of which %d in parts, split %d, "
+      "mma.sync %d; %.1f s)\n",
+      count, failed, worst, of_kernel[0], streamed, of_kernel[1], of_kernel[2], seconds() - start);
   return failed == 0;
 }
 
@@ -141,18 +152,21 @@ struct Rung {
 std::vector<Rung> rungs(int sms) {
   std::vector<Rung> all;
   const auto name = [](const char* kind, const Q4GemmTile& t) {
-    return std::string(kind) + ' ' + std::to_string(t.rows) + 'x' + std::to_string(t.columns) + 'c' + std::to_string(t.cluster);
+    return std::string(kind) + ' ' + std::to_string(t.rows) + 'x' + std::to_string(t.columns) + 'c' +
+           std::to_string(t.cluster);
   };
   for (const Q4GemmTile& t : kQ4GemmSplitTiles)
     for (int splits : {3, 8})
-      all.push_back({name("split", t) + '/' + std::to_string(splits), t.columns, [=](const GemmCase& c, bool more) {
-                       return q4_gemm_config_split(shape_of(c, sms, true), t, more ? splits : splits / 2);
-                     }});
+      all.push_back(
+          {name("split", t) + '/' + std::to_string(splits), t.columns, [=](const GemmCase& c, bool more) {
+             return q4_gemm_config_split(shape_of(c, sms, true), t, more ? splits : splits / 2);
+           }});
   for (const Q4GemmTile& t : kQ4GemmStreamTiles)
     all.push_back({name("stream", t), t.columns, [=](const GemmCase& c, bool stream) {
                      return q4_gemm_config_stream(shape_of(c, sms, true), t, stream);
                    }});
-  all.push_back({"mma.sync", 64, [=](const GemmCase& c, bool) { return q4_gemm_config_portable(shape_of(c, sms, false)); }});
+  all.push_back({"mma.sync", 64,
+                 [=](const GemmCase& c, bool) { return q4_gemm_config_portable(shape_of(c, sms, false)); }});
   return all;
 }
 
@@ -193,7 +207,8 @@ int run(Mode mode, bool fork_allowed) {
     std::printf("\nthe ladder failed; each kernel in a process of its own\n");
     for (const Rung& rung : rungs(132)) isolated([&] { return climb(rung) ? 0 : 1; }, fork_allowed, 10);
   }
-  if (!isolated([&] { return check_attentions(few); }, fork_allowed)) ++bad, std::printf("  attention FAILED\n");
+  if (!isolated([&] { return check_attentions(few); }, fork_allowed))
+    ++bad, std::printf("  attention FAILED\n");
   if (bad && fork_allowed) std::printf("FAILED: %d; times all the same\n", bad);
 
   const cudaDeviceProp p = device();
@@ -216,12 +231,20 @@ int main(int argc, char** argv) {
   bool fork_allowed = true;
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
-    if (a == "--check") mode = q4s::Mode::kCheck;
-    else if (a == "--quick") mode = q4s::Mode::kQuick;
-    else if (a == "--sweep") mode = q4s::Mode::kSweep;
-    else if (a == "--no-fork") fork_allowed = false;
-    else if (a == "--profile" && i + 1 < argc) return q4s::profile_gemm(132, std::atoll(argv[i + 1])), 0;
-    else return std::fprintf(stderr, "prefill_bench_cuda [--check | --quick | --sweep | --profile TOKENS] [--no-fork]\n"), 2;
+    if (a == "--check")
+      mode = q4s::Mode::kCheck;
+    else if (a == "--quick")
+      mode = q4s::Mode::kQuick;
+    else if (a == "--sweep")
+      mode = q4s::Mode::kSweep;
+    else if (a == "--no-fork")
+      fork_allowed = false;
+    else if (a == "--profile" && i + 1 < argc)
+      return q4s::profile_gemm(132, std::atoll(argv[i + 1])), 0;
+    else
+      return std::fprintf(
+                 stderr, "prefill_bench_cuda [--check | --quick | --sweep | --profile TOKENS] [--no-fork]\n"),
+             2;
   }
   try {
     return q4s::run(mode, fork_allowed);

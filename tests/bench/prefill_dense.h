@@ -22,15 +22,16 @@ inline std::vector<uint16_t> normal_halves(size_t count, float deviation, uint64
   return values;
 }
 
-// cuBLAS on dense weights of the same shapes: fp16 or bf16 in and out, fp32 sums. `elements` of weights are read in
-// turn, so that a product finds none of them in L2 that a product shortly before left there.
+// cuBLAS on dense weights of the same shapes: fp16 or bf16 in and out, fp32 sums. `elements` of weights are
+// read in turn, so that a product finds none of them in L2 that a product shortly before left there.
 class Dense {
  public:
   Dense(Timer& timer, const uint16_t* x, void* y, size_t elements)
       : timer_(timer), x_(x), y_(y), w_(elements), workspace_(64 << 20) {
     const std::vector<uint16_t> some = normal_halves(size_t(1) << 26, 0.02f, 5);
     for (size_t at = 0; at < elements; at += some.size())
-      cuda_check(cudaMemcpy(w_.data() + at, some.data(), 2 * std::min(some.size(), elements - at), cudaMemcpyHostToDevice),
+      cuda_check(cudaMemcpy(w_.data() + at, some.data(), 2 * std::min(some.size(), elements - at),
+                            cudaMemcpyHostToDevice),
                  "weights");
     check(cublasCreate(&handle_), "create");
     check(cublasSetStream(handle_, timer.stream()), "stream");
@@ -40,8 +41,9 @@ class Dense {
   void product(int64_t n, int64_t k, int64_t tokens, cudaDataType type) {
     const float one = 1, zero = 0;
     if (at_ + size_t(n * k) > w_.size()) at_ = 0;
-    check(cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, int(n), int(tokens), int(k), &one, w_.data() + at_, type, int(k), x_,
-                       type, int(k), &zero, y_, type, int(n), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+    check(cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, int(n), int(tokens), int(k), &one, w_.data() + at_,
+                       type, int(k), x_, type, int(k), &zero, y_, type, int(n), CUBLAS_COMPUTE_32F,
+                       CUBLAS_GEMM_DEFAULT),
           "gemm");
     at_ += size_t(n * k);
   }

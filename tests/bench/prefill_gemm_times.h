@@ -26,8 +26,14 @@ constexpr int64_t kMaxTokens = 8192;
 class LayerBench {
  public:
   explicit LayerBench(int sms)
-      : sms_(sms), x_(normal_halves(kMaxTokens * 11008, 1, 3)), y_(kMaxTokens * 22016), residual_(kMaxTokens * 4096),
-        workspace_(64 << 20), kv_(2 * kMaxTokens * 4096), table_(kMaxTokens * 128), position_(kMaxTokens),
+      : sms_(sms),
+        x_(normal_halves(kMaxTokens * 11008, 1, 3)),
+        y_(kMaxTokens * 22016),
+        residual_(kMaxTokens * 4096),
+        workspace_(64 << 20),
+        kv_(2 * kMaxTokens * 4096),
+        table_(kMaxTokens * 128),
+        position_(kMaxTokens),
         sequence_(kMaxTokens) {
     std::mt19937_64 r(3);
     residual_.fill_byte(0), table_.fill_byte(0), workspace_.fill_byte(0);
@@ -52,8 +58,12 @@ class LayerBench {
           for (auto& v : s) v = float_to_half(0.004f + 0.000001f * float(r() % 1000));
           scales_.back().write(s);
         } else {
-          cuda_check(cudaMemcpy(codes_.back().data(), codes_[m].data(), w.code_bytes(), cudaMemcpyDeviceToDevice), "copy");
-          cuda_check(cudaMemcpy(scales_.back().data(), scales_[m].data(), w.scale_bytes(), cudaMemcpyDeviceToDevice), "copy");
+          cuda_check(
+              cudaMemcpy(codes_.back().data(), codes_[m].data(), w.code_bytes(), cudaMemcpyDeviceToDevice),
+              "copy");
+          cuda_check(
+              cudaMemcpy(scales_.back().data(), scales_[m].data(), w.scale_bytes(), cudaMemcpyDeviceToDevice),
+              "copy");
         }
       }
   }
@@ -118,7 +128,9 @@ inline std::vector<Q4GemmConfig> cuts(const Q4GemmShape& shape) {
   std::vector<Q4GemmConfig> all;
   const int64_t tokens = shape.tokens;
   for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
-    if (t.columns >= 2 * std::max<int64_t>(tokens, 32) || (t.columns * 2 < tokens && t.columns < 128) || tokens > 512) continue;
+    if (t.columns >= 2 * std::max<int64_t>(tokens, 32) || (t.columns * 2 < tokens && t.columns < 128) ||
+        tokens > 512)
+      continue;
     for (int splits = 1; splits <= kQ4GemmMostSplits; ++splits) {
       all.push_back(q4_gemm_config_split(shape, t, splits));
       if (all.back().splits < splits) all.pop_back();
@@ -142,7 +154,8 @@ inline double time_gemm(int sms, bool sweep) {
   Dense dense(bench.timer(), bench.x(), bench.y(), weights);
   const double peak = tflops(8192, 8192, 8192, dense.microseconds(8192, 8192, 8192, CUDA_R_16F, 5));
   std::printf("\ncuBLAS 8192^3: %.0f TFLOP/s fp16\n", peak);
-  std::printf("us a matrix; 7B layer, g128, weights rotated over %d layers; PDL; ours and cuBLAS in turn\n", kLayers);
+  std::printf("us a matrix; 7B layer, g128, weights rotated over %d layers; PDL; ours and cuBLAS in turn\n",
+              kLayers);
   for (int64_t t : {16, 32, 64, 128, 256, 512, 2048, 8192}) {
     std::vector<Q4GemmConfig> chosen, best;
     double flops = 0;
@@ -179,13 +192,15 @@ inline double time_gemm(int sms, bool sweep) {
     std::vector<double> us = bench.timer().alternate(works, t >= 2048 ? 20000 : 8000, 7);
     for (double& v : us) v /= kLayers;
     for (double& v : lasting) v /= kLayers;
-    std::printf("M %5lld layer: %8.1f us %4.0f TFLOP/s (no PDL %.1f) | cuBLAS fp16 %.1f, ratio %.3f | 0.2 s at a time: %.1f, cuBLAS "
-                "%.1f, ratio %.3f\n",
-                (long long)t, us[0], flops / us[0] * 1e-6, us.back(), us[1], us[1] / us[0], lasting[0], lasting[1],
-                lasting[1] / lasting[0]);
+    std::printf(
+        "M %5lld layer: %8.1f us %4.0f TFLOP/s (no PDL %.1f) | cuBLAS fp16 %.1f, ratio %.3f | 0.2 s at a "
+        "time: %.1f, cuBLAS "
+        "%.1f, ratio %.3f\n",
+        (long long)t, us[0], flops / us[0] * 1e-6, us.back(), us[1], us[1] / us[0], lasting[0], lasting[1],
+        lasting[1] / lasting[0]);
     if (sweep)
-      std::printf("M %5lld best of sweep: %.1f us, ratio %.3f | 0.2 s at a time: %.1f, ratio %.3f\n", (long long)t, us[2],
-                  us[1] / us[2], lasting[2], lasting[1] / lasting[2]);
+      std::printf("M %5lld best of sweep: %.1f us, ratio %.3f | 0.2 s at a time: %.1f, ratio %.3f\n",
+                  (long long)t, us[2], us[1] / us[2], lasting[2], lasting[1] / lasting[2]);
     std::fflush(stdout);
   }
   return peak;
@@ -195,7 +210,8 @@ inline double time_gemm(int sms, bool sweep) {
 inline void profile_gemm(int sms, int64_t tokens) {
   LayerBench bench(sms);
   for (int layer = 0; layer < 2; ++layer)
-    for (int m = 0; m < 4; ++m) bench.product(layer, m, tokens, q4_gemm_config(bench.shape(m, tokens)), false, bench.timer().stream());
+    for (int m = 0; m < 4; ++m)
+      bench.product(layer, m, tokens, q4_gemm_config(bench.shape(m, tokens)), false, bench.timer().stream());
   cuda_check(cudaDeviceSynchronize(), "products");
 }
 

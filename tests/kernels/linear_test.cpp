@@ -164,8 +164,9 @@ TEST_CASE("linear: float and GGUF formats against the definition") {
     for (int64_t tokens : {1, 2, 3, 5, 17})
       for (auto [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {3, 7}, {65, 172}, {130, 64}, {64, 257}})
         for (Format f : {Format::kF32, Format::kF16, Format::kBF16}) check(f, tokens, n, k);
-    for (int64_t tokens = 5; tokens < 34; ++tokens) check(Format::kF32, tokens, 35, 40);  // every rest of a tile
-    check(Format::kF16, 15, 70, 2500);                                                    // several depths
+    for (int64_t tokens = 5; tokens < 34; ++tokens)
+      check(Format::kF32, tokens, 35, 40);  // every rest of a tile
+    check(Format::kF16, 15, 70, 2500);      // several depths
     for (int64_t tokens : {1, 4, 9})
       for (auto [n, k] : {std::pair<int64_t, int64_t>{1, 32}, {67, 96}, {128, 576}})
         for (Format f : {Format::kGgufQ8_0, Format::kGgufQ4_0, Format::kGgufQ4_1}) check(f, tokens, n, k);
@@ -212,7 +213,8 @@ TEST_CASE("linear: exact activations") {
         linear_cpu(a);
         a.y = y.data();
         run(a, 2);
-        for (int64_t i = 0; i < y.size(); ++i) REQUIRE(std::abs(y[i] - want[i]) <= 1e-5f * (1 + std::abs(want[i])));
+        for (int64_t i = 0; i < y.size(); ++i)
+          REQUIRE(std::abs(y[i] - want[i]) <= 1e-5f * (1 + std::abs(want[i])));
       }
   });
   set_exact_activations(false);

@@ -374,35 +374,35 @@ TEST_CASE("cuda gptq: a unit through both solvers, and the same bits twice") {
   struct Way {
     bool refine, rtn, dither, coupled;
   };
-  for (const Way& way : {Way{false, false, false, false}, Way{true, false, false, false}, Way{true, false, true, false},
-                         Way{false, false, false, true}, Way{true, false, true, true}, Way{false, true, false, false},
-                         Way{true, true, true, true}}) {
-      SolveOptions o;
-      o.refine = way.refine;
-      o.rtn = way.rtn;
-      o.dither = way.dither;
-      if (way.coupled) o.coupling = &coupling;
-      CAPTURE(way.refine);
-      CAPTURE(way.rtn);
-      CAPTURE(way.dither);
-      CAPTURE(way.coupled);
-      const QuantizedLinear a = run(*gpu, *on_gpu, o), b = run(*cpu, *on_cpu, o),
-                            again = run(*gpu, *on_gpu, o);
-      CHECK(a.fallback == b.fallback);
-      CHECK(a.damp == b.damp);
-      // The statistics are rounded to fp16, and one code that falls the other way moves what is decided after it: in
-      // its row, and where rows are coupled or dithered sweeps repeated, in all that follow.
-      const bool chain = !way.rtn && (way.dither || way.coupled);
-      MESSAGE("codes that differ: " << differing(a.codes, b.codes));
-      if (!chain) CHECK(differing(a.codes, b.codes) < 0.02);
-      const LossSummary la = summarize(a.rows, k, 0, n), lb = summarize(b.rows, k, 0, n);
-      const double apart = chain ? 2e-2 : 2e-3;
-      CHECK(close(la.loss, lb.loss, apart));
-      CHECK(close(la.relative, lb.relative, apart));
-      CHECK(close(la.target, lb.target, apart));
-      CHECK(close(la.rtn_relative, lb.rtn_relative, 2e-3));
-      CHECK(a.codes == again.codes);
-      CHECK(a.scales == again.scales);
+  for (const Way& way :
+       {Way{false, false, false, false}, Way{true, false, false, false}, Way{true, false, true, false},
+        Way{false, false, false, true}, Way{true, false, true, true}, Way{false, true, false, false},
+        Way{true, true, true, true}}) {
+    SolveOptions o;
+    o.refine = way.refine;
+    o.rtn = way.rtn;
+    o.dither = way.dither;
+    if (way.coupled) o.coupling = &coupling;
+    CAPTURE(way.refine);
+    CAPTURE(way.rtn);
+    CAPTURE(way.dither);
+    CAPTURE(way.coupled);
+    const QuantizedLinear a = run(*gpu, *on_gpu, o), b = run(*cpu, *on_cpu, o), again = run(*gpu, *on_gpu, o);
+    CHECK(a.fallback == b.fallback);
+    CHECK(a.damp == b.damp);
+    // The statistics are rounded to fp16, and one code that falls the other way moves what is decided after
+    // it: in its row, and where rows are coupled or dithered sweeps repeated, in all that follow.
+    const bool chain = !way.rtn && (way.dither || way.coupled);
+    MESSAGE("codes that differ: " << differing(a.codes, b.codes));
+    if (!chain) CHECK(differing(a.codes, b.codes) < 0.02);
+    const LossSummary la = summarize(a.rows, k, 0, n), lb = summarize(b.rows, k, 0, n);
+    const double apart = chain ? 2e-2 : 2e-3;
+    CHECK(close(la.loss, lb.loss, apart));
+    CHECK(close(la.relative, lb.relative, apart));
+    CHECK(close(la.target, lb.target, apart));
+    CHECK(close(la.rtn_relative, lb.rtn_relative, 2e-3));
+    CHECK(a.codes == again.codes);
+    CHECK(a.scales == again.scales);
   }
   const HessianFactor& f = on_gpu->fetch();
   CHECK(f.ok());

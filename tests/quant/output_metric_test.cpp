@@ -48,7 +48,8 @@ Row turned(const float* x, const LlamaConfig& c, const std::vector<float>& rope,
 
 }  // namespace
 
-TEST_CASE("attention metric: twice the divergence of the attention when a query or a key is off by a little") {
+TEST_CASE(
+    "attention metric: twice the divergence of the attention when a query or a key is off by a little") {
   LlamaConfig c;
   c.heads = 4, c.kv_heads = 2, c.head_dim = 6, c.context = 64;
   const int64_t hd = c.head_dim, length = 40, sequences = 2, width = c.q_dim() + c.kv_dim();
@@ -92,13 +93,16 @@ TEST_CASE("attention metric: twice the divergence of the attention when a query 
             for (int64_t p = t; p < length; ++p)
               sum += (t ? 16 : 1) *
                      divergence(attention(s, h, p, nullptr, -1, nullptr), attention(s, h, p, nullptr, t, &e));
-      CHECK(2 * double(hd) * sum == doctest::Approx(quadratic(&m[(c.heads + g) * hd * hd], e, hd)).epsilon(0.05));
+      CHECK(2 * double(hd) * sum ==
+            doctest::Approx(quadratic(&m[(c.heads + g) * hd * hd], e, hd)).epsilon(0.05));
     }
   }
   CHECK(attention_metric(c, qk, sequences, length, oracle::parts(1)) == m);
 }
 
-TEST_CASE("logit metric: twice the divergence of the output when the stream before the final norm is off by a little") {
+TEST_CASE(
+    "logit metric: twice the divergence of the output when the stream before the final norm is off by a "
+    "little") {
   LlamaConfig c;
   c.dim = 12, c.vocab = 3000, c.eps = 1e-5f;
   const int64_t d = c.dim, v = c.vocab;
@@ -125,12 +129,15 @@ TEST_CASE("logit metric: twice the divergence of the output when the stream befo
     std::vector<float> e = oracle::gaussian(d, 70 + seed, 0.01f), moved = x;
     along = length = 0;
     for (int64_t i = 0; i < d; ++i) along += double(e[i]) * x[i], length += double(x[i]) * x[i];
-    for (int64_t i = 0; i < d; ++i) e[i] -= float(along / length) * x[i];  // across the stream: the norm stays
+    for (int64_t i = 0; i < d; ++i)
+      e[i] -= float(along / length) * x[i];  // across the stream: the norm stays
     for (int64_t i = 0; i < d; ++i) moved[i] += e[i];
-    CHECK(2 * divergence(output(x), output(moved)) == doctest::Approx(quadratic(m.data(), e, d)).epsilon(0.05));
+    CHECK(2 * divergence(output(x), output(moved)) ==
+          doctest::Approx(quadratic(m.data(), e, d)).epsilon(0.05));
   }
   // Two tokens: the mean.
-  const std::vector<float> y = oracle::gaussian(d, 5, 3.0f), other = logit_metric(c, y, gain, rows, oracle::parts(1));
+  const std::vector<float> y = oracle::gaussian(d, 5, 3.0f),
+                           other = logit_metric(c, y, gain, rows, oracle::parts(1));
   std::vector<float> both = x;
   both.insert(both.end(), y.begin(), y.end());
   const std::vector<float> mean = logit_metric(c, both, gain, rows, oracle::parts(2));

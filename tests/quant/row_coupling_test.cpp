@@ -19,7 +19,8 @@ std::vector<float> metric(int64_t size, uint32_t seed) {
   for (int64_t i = 0; i < size; ++i)
     for (int64_t j = 0; j < size; ++j) {
       double sum = i == j ? 0.3 : 0.0;
-      for (int64_t d = 0; d < 5; ++d) sum += double(v[d * size + std::max(i, j)]) * v[d * size + std::min(i, j)];
+      for (int64_t d = 0; d < 5; ++d)
+        sum += double(v[d * size + std::max(i, j)]) * v[d * size + std::min(i, j)];
       m[i * size + j] = float(sum);
     }
   return m;
@@ -44,7 +45,9 @@ double coupled_loss(const std::vector<float>& m, int64_t blocks, int64_t size, c
   double sum = 0;
   std::vector<double> eh(size * k);
   for (int64_t b = 0; b < blocks; ++b) {
-    const auto e = [&](int64_t i, int64_t j) { return double(w[(b * size + i) * k + j]) - q[(b * size + i) * k + j]; };
+    const auto e = [&](int64_t i, int64_t j) {
+      return double(w[(b * size + i) * k + j]) - q[(b * size + i) * k + j];
+    };
     for (int64_t i = 0; i < size; ++i)
       for (int64_t j = 0; j < k; ++j) {
         eh[i * k + j] = 0;
@@ -60,7 +63,8 @@ double coupled_loss(const std::vector<float>& m, int64_t blocks, int64_t size, c
 }  // namespace
 
 TEST_CASE("row coupling: every row has one place, steps cover them all, free rows come first") {
-  for (const auto& [blocks, size, n] : {std::tuple<int64_t, int64_t, int64_t>{3, 20, 70}, {1, 5, 5}, {2, 64, 130}}) {
+  for (const auto& [blocks, size, n] :
+       {std::tuple<int64_t, int64_t, int64_t>{3, 20, 70}, {1, 5, 5}, {2, 64, 130}}) {
     std::vector<float> m;
     for (int64_t b = 0; b < blocks; ++b) {
       const auto one = metric(size, uint32_t(3 + b));
@@ -119,7 +123,8 @@ TEST_CASE("row coupling against the textbook: row by row on the inverse metric i
   CHECK(different <= 1);  // of 320: f32 may fall on the other side of a half
 }
 
-TEST_CASE("row coupling lowers the loss that counts, an even metric changes nothing, free rows stay as they were") {
+TEST_CASE(
+    "row coupling lowers the loss that counts, an even metric changes nothing, free rows stay as they were") {
   constexpr int64_t kBlocks = 2, kSize = 24, kN = 60, kK = 75;
   std::vector<float> m = metric(kSize, 8), second = metric(kSize, 9);
   m.insert(m.end(), second.begin(), second.end());

@@ -109,7 +109,8 @@ TEST_CASE("a dithered sweep against f64: every code is the level nearest to mini
           slope += (double(c.w[i * c.k + m]) - l.value(expected[i * c.k + m], scale)) * f.h[m * c.k + j];
         }
         uint8_t& code = expected[i * c.k + j];
-        const double best = l.value(code, s) + slope / f.h[j * (c.k + 1)] + double(dither) * s * SweepDither(pass, i, j).at(j);
+        const double best = l.value(code, s) + slope / f.h[j * (c.k + 1)] +
+                            double(dither) * s * SweepDither(pass, i, j).at(j);
         const uint8_t next = uint8_t(std::clamp<double>(std::nearbyint(best / s), l.low, l.high) + l.offset);
         moved += next != code;
         code = next;
