@@ -36,8 +36,8 @@ using Partials = AttentionDecodePartials<kWarps>;
 // different banks.
 template <int kChunks>
 struct Ring {
-  static constexpr int kWarps =
-      kChunks <= 2 ? 8 : 4;  // of a block: two of whose rings fit a multiprocessor, or nearly so
+  // Of a block: the rings of two fit a multiprocessor, or nearly so.
+  static constexpr int kWarps = kChunks <= 2 ? 8 : 4;
   static constexpr int kSlots = kChunks > 4 ? 3 : kChunks == 2 ? 4 : 6;
   static constexpr int kDims = 32 * kChunks, kPieces = kDims / 8;
   static constexpr bool kPermuted = kChunks % 2 == 0;
@@ -196,9 +196,8 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
     refill(kSlots + 1);
   }
 
-  const auto sums_of = [&](int w) {
-    return reinterpret_cast<float*>(shared + w * R::kBytes);
-  };  // rings are empty
+  // Rings are empty.
+  const auto sums_of = [&](int w) { return reinterpret_cast<float*>(shared + w * R::kBytes); };
   __syncwarp();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

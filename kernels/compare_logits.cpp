@@ -4,16 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/wide.h"
+
 namespace q4s {
 namespace {
-
-// Compiled once for each generation of vector units and chosen when the program starts, as in
-// kernels/gptq.cpp.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
-#define Q4S_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define Q4S_WIDE
-#endif
 
 constexpr int kLanes = 16;
 constexpr int64_t kPiece = 1024;

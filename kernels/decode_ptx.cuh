@@ -1,5 +1,4 @@
-// The PTX instructions of the decode kernels: asynchronous copies, warp products. Device code
-// only.
+// The PTX instructions of the decode kernels: asynchronous copies, warp products. Device code only.
 #pragma once
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

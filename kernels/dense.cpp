@@ -1,5 +1,7 @@
 #include "kernels/dense.h"
 
+#include "kernels/wide.h"
+
 #ifdef Q4S_BLAS
 #include <cblas.h>
 #else
@@ -21,13 +23,6 @@ void one_thread() {
 }
 
 #else
-
-// Compiled once for each generation of vector units. (The thread sanitizer breaks the choosing.)
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
-#define Q4S_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define Q4S_WIDE
-#endif
 
 constexpr int64_t kTileRows = 4, kVectors = 4;  // of C, held in registers
 

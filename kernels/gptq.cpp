@@ -8,18 +8,10 @@
 
 #include "kernels/dense.h"
 #include "kernels/half.h"
+#include "kernels/wide.h"
 
 namespace q4s {
 namespace {
-
-// The inner loops, compiled once for each generation of vector units and chosen when the program starts.
-// Products and sums are never fused, so all of them give the same bits. (The thread sanitizer breaks the
-// choosing.)
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
-#define Q4S_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define Q4S_WIDE
-#endif
 
 constexpr int64_t kRows = 96;  // rows of a chunk: enough for an efficient product, few enough to stay in L2
 constexpr int64_t kGramRows = 144;  // of a sum over tokens, where the longer product pays for more

@@ -104,7 +104,8 @@ class DecodeStream {
   uint32_t bytes_ = 0, head_ = 0, parity_ = 0;
 };
 
-// kTokens: 1, or as many as 8 or 16.
+// kTokens: 1, or as many as 8 or 16. No more registers than half of a multiprocessor's, where that is enough:
+// blocks of the smaller kernel that follows start beside.
 template <class Tile, int kScales, int kTokens>
 __global__ void __launch_bounds__(kDecodeWarps * 32, kTokens <= 8 && Tile::kBits <= 8 ? 2 : 1)
     linear_decode_kernel(const __grid_constant__ LinearDecodeParams p) {

@@ -252,20 +252,19 @@ class CudaUnitSolver final : public UnitSolver {
   int64_t n_ = 0, k_ = 0;
   bool corrects_ = false, residual_ = false, ok_ = false;
   float scale_ = 0;
-  HessianFactor f_;                       // order, dead, damping; h and u once fetched
-  DeviceArray<float> h_, d_, u_;          // (K, K); h_ damped after factor()
-  DeviceArray<float> e_;                  // (N, K)
-  DeviceArray<float> diagonal_;           // (K) of h_
-  DeviceArray<int32_t> order_, inverse_;  // (K)
-  DeviceArray<uint8_t> dead_;             // (K)
-  DeviceArray<int> flag_;                 // (1)
-  DeviceArray<float> target_, work_;      // (N, K) weights: corrected, in the factor's order
-  DeviceArray<float> placed_, error_;     // (N, K) rows in a coupling's order
-  DeviceArray<int32_t> rows_;             // (N) that order
-  DeviceArray<float> feedback_;           // (blocks, size, size)
-  DeviceArray<uint16_t> placed_scales_;   // (N, G)
-  DeviceArray<uint8_t> codes_,
-      packed_;  // (N, K); packed_ holds the codes of plain rounding and of a coupling too
+  HessianFactor f_;                              // order, dead, damping; h and u once fetched
+  DeviceArray<float> h_, d_, u_;                 // (K, K); h_ damped after factor()
+  DeviceArray<float> e_;                         // (N, K)
+  DeviceArray<float> diagonal_;                  // (K) of h_
+  DeviceArray<int32_t> order_, inverse_;         // (K)
+  DeviceArray<uint8_t> dead_;                    // (K)
+  DeviceArray<int> flag_;                        // (1)
+  DeviceArray<float> target_, work_;             // (N, K) weights: corrected, in the factor's order
+  DeviceArray<float> placed_, error_;            // (N, K) rows in a coupling's order
+  DeviceArray<int32_t> rows_;                    // (N) that order
+  DeviceArray<float> feedback_;                  // (blocks, size, size)
+  DeviceArray<uint16_t> placed_scales_;          // (N, G)
+  DeviceArray<uint8_t> codes_, packed_;          // (N, K); packed_: of plain rounding or a coupling, too
   DeviceArray<uint16_t> scales_, plain_scales_;  // (N, G)
   QuantizedLinear solved_;                       // without codes and scales
   DeviceArray<RowSums> sums_;                    // (N)
