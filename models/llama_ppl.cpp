@@ -80,7 +80,7 @@ int run(int argc, char** argv) {
   std::unique_ptr<Progress> progress =
       json ? std::make_unique<Progress>("windows", cut.chunks, "windows") : nullptr;
   const PplResult r =
-      perplexity(cut, *session, reference.get(), backend->pool(), [&](int64_t done, double ppl) {
+      perplexity(cut, *session, reference.get(), [&](int64_t done, double ppl) {
         if (json) return progress->update(done, strprintf("PPL %.4f", ppl));
         out(strprintf("%s[%lld]%.4f", done > 1 ? "," : "", (long long)done, ppl));
         out_flush();

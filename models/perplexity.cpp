@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
-#include <cstring>
 
-#include "kernels/compare_logits.h"
 #include "runtime/checksum.h"
 #include "runtime/error.h"
 #include "runtime/log.h"
@@ -13,20 +11,6 @@
 
 namespace q4s {
 namespace {
-
-// Positions held at a time: enough to keep all threads busy, little beside a model.
-constexpr int64_t kRowsHeld = 256;
-
-// What one scored position gives.
-struct Score {
-  double nll = 0, ref_nll = 0, kl = 0;
-  bool same_top = false;
-};
-
-Score compare(std::span<const float> q, std::span<const float> p, int32_t target) {
-  const LogitComparison c = compare_logits(p.data(), q.data(), int64_t(p.size()));
-  return {c.lse_q - q[size_t(target)], c.lse_p - p[size_t(target)], c.kl, c.top_p == c.top_q};
-}
 
 struct Moments {
   double sum = 0, squares = 0;
@@ -39,35 +23,7 @@ struct Moments {
   }
 };
 
-// HeldRows of logits of the next few positions of a session.
-class HeldRows {
- public:
-  explicit HeldRows(Session& session) : session_(session) {}
-
-  // Feeds tokens; keeps the logits after tokens[first] and later.
-  void feed(std::span<const int32_t> tokens, int64_t first) {
-    const int64_t count = int64_t(tokens.size()) - first;
-    session_.feed_all(tokens, 0, first, [&](int64_t i, std::span<const float> logits) {
-      if (i == first) {
-        vocab_ = logits.size();
-        values_.resize(vocab_ * size_t(count));
-      }
-      std::memcpy(values_.data() + size_t(i - first) * vocab_, logits.data(), vocab_ * sizeof(float));
-    });
-  }
-  std::span<const float> row(int64_t i) const { return {values_.data() + size_t(i) * vocab_, vocab_}; }
-
- private:
-  Session& session_;
-  size_t vocab_ = 0;
-  std::vector<float> values_;  // (kRowsHeld, V)
-};
-
 }  // namespace
-
-double negative_log_likelihood(std::span<const float> logits, int32_t target) {
-  return compare_logits(logits.data(), logits.data(), int64_t(logits.size())).lse_p - logits[size_t(target)];
-}
 
 PplText cut_text(std::string_view text, const Tokenizer& tokenizer, int64_t model_context,
                  const PplOptions& options) {
@@ -93,47 +49,30 @@ PplText cut_text(std::string_view text, const Tokenizer& tokenizer, int64_t mode
   return cut;
 }
 
-PplResult perplexity(const PplText& text, Session& session, Session* reference, ThreadPool& pool,
+PplResult perplexity(const PplText& text, Session& session, Session* reference,
                      const std::function<void(int64_t, double)>& on_window) {
   assert(session.ctx() >= text.ctx - 1 && (!reference || reference->ctx() >= text.ctx - 1));
-  HeldRows rows(session);
-  std::unique_ptr<HeldRows> ref_rows = reference ? std::make_unique<HeldRows>(*reference) : nullptr;
   Moments nll, ref_nll, kl;
   std::vector<float> kls;
-  std::vector<Score> scores;
+  std::vector<LogitScore> scores(size_t(text.scored_per_window()));
   int64_t same_top = 0;
 
   std::vector<int32_t> window;
   for (int64_t w = 0; w < text.chunks; ++w) {
     window.assign(text.tokens.begin() + w * text.ctx, text.tokens.begin() + (w + 1) * text.ctx);
-    const std::vector<int32_t> targets = window;  // the replaced first token is nobody's target
-    if (text.window_bos >= 0) window[0] = text.window_bos;
+    if (text.window_bos >= 0) window[0] = text.window_bos;  // the replaced token is nobody's target
     session.truncate(0, 0);
     if (reference) reference->truncate(0, 0);
-
     // The last token predicts nothing that is scored: it is not fed.
-    for (int64_t fed = 0, last = text.ctx - 1; fed < last;) {
-      const int64_t first = std::max(fed, text.first_scored()), end = std::min(first + kRowsHeld, last);
-      const std::span<const int32_t> slice(window.data() + fed, size_t(end - fed));
-      rows.feed(slice, first - fed);
-      if (reference) ref_rows->feed(slice, first - fed);
-      scores.assign(size_t(end - first), {});
-      pool.parallel_for(end - first, 1, [&](int64_t begin, int64_t stop) {
-        for (int64_t i = begin; i < stop; ++i) {
-          const int32_t target = targets[size_t(first + i + 1)];
-          scores[size_t(i)] = reference ? compare(rows.row(i), ref_rows->row(i), target)
-                                        : Score{.nll = negative_log_likelihood(rows.row(i), target)};
-        }
-      });
-      for (const Score& s : scores) {
-        nll.add(s.nll);
-        if (!reference) continue;
-        ref_nll.add(s.ref_nll);
-        kl.add(s.kl);
-        kls.push_back(float(s.kl));
-        same_top += s.same_top;
-      }
-      fed = end;
+    const std::span<const int32_t> all = window;
+    session.score(all.first(all.size() - 1), 0, all.last(scores.size()), scores, reference);
+    for (const LogitScore& s : scores) {
+      nll.add(s.nll);
+      if (!reference) continue;
+      ref_nll.add(s.ref_nll);
+      kl.add(s.kl);
+      kls.push_back(float(s.kl));
+      same_top += s.same_top;
     }
     if (on_window) on_window(w + 1, std::exp(nll.mean()));
   }

@@ -56,13 +56,10 @@ struct PplResult {
 };
 
 // Runs the windows through the session (and the reference, which may be null and must share the vocabulary);
-// both need ctx() >= text.ctx - 1. Logits never leave memory: a few hundred positions at a time are compared,
-// spread over `pool`, with the same result for every thread count. on_window(windows done, perplexity so
-// far).
-PplResult perplexity(const PplText& text, Session& session, Session* reference, ThreadPool& pool,
+// both need ctx() >= text.ctx - 1. Logits stay where they are computed: the backend scores them, a few
+// hundred positions at a time, with the same result for every number of threads. on_window(windows done,
+// perplexity so far).
+PplResult perplexity(const PplText& text, Session& session, Session* reference,
                      const std::function<void(int64_t, double)>& on_window);
-
-// Negative log-likelihood of `target` under softmax(logits (V)), in double sums.
-double negative_log_likelihood(std::span<const float> logits, int32_t target);
 
 }  // namespace q4s

@@ -1,6 +1,7 @@
 #include "models/session.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <numeric>
 
@@ -23,9 +24,17 @@ struct Session::Plan {
         arena(graph.plan()) {}
 };
 
+// A step of feed_steps(): the logits of its wanted items lie in plan.logits, in order.
+struct Session::Fed {
+  const Plan& plan;
+  std::span<const TokenAt> batch;
+  std::span<const int32_t> wanted;
+  int64_t from;  // which of the tokens fed is the first of batch
+};
+
 namespace {
 
-// Bytes of logits that a prefill step computes at most: feed_all() wants many rows, and a vocabulary is wide.
+// Bytes of logits that a prefill step computes at most: feed_all() and score() want many rows, and a vocabulary is wide.
 constexpr int64_t kMaxLogitBytes = 64 << 20;
 
 SessionOptions complete(const LlamaModel& m, const Backend& b, SessionOptions o) {
@@ -40,7 +49,8 @@ SessionOptions complete(const LlamaModel& m, const Backend& b, SessionOptions o)
 
 Counts decode_counts(const SessionOptions& o) { return {o.sequences, o.sequences}; }
 Counts prefill_counts(const LlamaModel& m, const SessionOptions& o) {
-  return {o.chunk, std::clamp<int64_t>(kMaxLogitBytes / (4 * m.config.vocab), 1, o.chunk)};
+  const int64_t most = kMaxLogitBytes / (4 * m.config.vocab);
+  return {o.chunk, std::clamp<int64_t>(most < 64 ? most : most / 64 * 64, 1, o.chunk)};  // whole tiles
 }
 
 KvCache cache_of(const LlamaModel& m, const SessionOptions& o) {
@@ -49,6 +59,11 @@ KvCache cache_of(const LlamaModel& m, const SessionOptions& o) {
 
 // Scratch lies behind the arena.
 size_t aligned_arena(const MemoryPlan& p) { return size_t(round_up(int64_t(p.arena), int64_t(kArenaAlign))); }
+
+Error not_finite(const TokenAt& t) {
+  return Error(ErrorKind::kRuntime, "logits are not finite after position " + std::to_string(t.position) +
+                                        " of sequence " + std::to_string(t.sequence));
+}
 
 // Throws Error(kResource) with the plan where the backend knows that it has less.
 void require_memory(LlamaModel& m, const Backend& b, const MemoryPlan& p) {
@@ -109,8 +124,7 @@ void Session::truncate(int sequence, int64_t length) {
   lengths_.at(size_t(sequence)) = std::min(lengths_.at(size_t(sequence)), std::max<int64_t>(length, 0));
 }
 
-std::span<const float> Session::run(Plan& p, std::span<const TokenAt> batch, std::span<const int32_t> wanted,
-                                    bool apart) {
+void Session::run(Plan& p, std::span<const TokenAt> batch, std::span<const int32_t> wanted, bool apart) {
   p.token.clear(), p.sequence.clear(), p.position.clear();
   for (const TokenAt& t : batch) {
     if (t.token < 0 || t.token >= model_.config.vocab)
@@ -125,26 +139,25 @@ std::span<const float> Session::run(Plan& p, std::span<const TokenAt> batch, std
                               return a.position < b.position;
                             })->position;
   backend_.run(p.graph, {int64_t(batch.size()), int64_t(wanted.size()), reach, apart}, kv_, scratch_);
+}
 
+std::span<const float> Session::read_logits(const Plan& p, std::span<const TokenAt> batch,
+                                            std::span<const int32_t> wanted) {
   const size_t vocab = size_t(model_.config.vocab), n = wanted.size() * vocab;
   backend_.read(logits_.data(), p.logits->data, n * sizeof(float));
   for (size_t i = 0; i < wanted.size(); ++i) {
     // A NaN or infinity anywhere makes the sum of x - x NaN; finite logits give 0.
     float probe = 0;
     for (size_t j = 0; j < vocab; ++j) probe += logits_[i * vocab + j] - logits_[i * vocab + j];
-    if (!(probe == 0)) {
-      const TokenAt& t = batch[size_t(wanted[i])];
-      throw Error(ErrorKind::kRuntime, "logits are not finite after position " + std::to_string(t.position) +
-                                           " of sequence " + std::to_string(t.sequence));
-    }
+    if (!(probe == 0)) throw not_finite(batch[size_t(wanted[i])]);
   }
   return {logits_.data(), n};
 }
 
-void Session::feed_all(std::span<const int32_t> tokens, int sequence, int64_t first,
-                       const std::function<void(int64_t, std::span<const float>)>& visit) {
+void Session::feed_steps(std::span<const int32_t> tokens, int sequence, int64_t first,
+                         const std::function<void(const Fed&)>& done) {
   int64_t& length = lengths_.at(size_t(sequence));
-  const int64_t n = int64_t(tokens.size()), vocab = model_.config.vocab;
+  const int64_t n = int64_t(tokens.size());
   if (length + n > options_.ctx)
     throw Error(ErrorKind::kUsage, std::to_string(n) + " tokens after " + std::to_string(length) +
                                        " do not fit the context of " + std::to_string(options_.ctx));
@@ -160,11 +173,48 @@ void Session::feed_all(std::span<const int32_t> tokens, int sequence, int64_t fi
     }
     // One token goes through the decode graph, which is built for few.
     Plan& p = int64_t(batch.size()) <= decode_->graph.max().tokens ? *decode_ : *prefill_;
-    const std::span<const float> logits = run(p, batch, wanted);
+    run(p, batch, wanted);
+    done({p, batch, wanted, from});
     length += int64_t(batch.size());
-    for (size_t i = 0; i < wanted.size(); ++i)
-      visit(from + wanted[i], logits.subspan(i * size_t(vocab), size_t(vocab)));
   }
+}
+
+void Session::feed_all(std::span<const int32_t> tokens, int sequence, int64_t first,
+                       const std::function<void(int64_t, std::span<const float>)>& visit) {
+  const size_t vocab = size_t(model_.config.vocab);
+  feed_steps(tokens, sequence, first, [&](const Fed& f) {
+    const std::span<const float> logits = read_logits(f.plan, f.batch, f.wanted);
+    for (size_t i = 0; i < f.wanted.size(); ++i) visit(f.from + f.wanted[i], logits.subspan(i * vocab, vocab));
+  });
+}
+
+void Session::score(std::span<const int32_t> tokens, int sequence, std::span<const int32_t> targets,
+                    std::span<LogitScore> scores, Session* reference) {
+  assert(targets.size() <= tokens.size() && scores.size() == targets.size() && reference != this);
+  const int64_t first = int64_t(tokens.size() - targets.size()), vocab = model_.config.vocab;
+  int64_t given = 0;  // tokens that the reference was fed
+  feed_steps(tokens, sequence, first, [&](const Fed& f) {
+    if (f.wanted.empty()) return;
+    const int64_t begin = f.from + f.wanted.front(), end = begin + int64_t(f.wanted.size());
+    // Rows that `step` gave, of this session or of the reference: those after tokens[at] and later.
+    const auto score_rows = [&](const Fed& step, int64_t at, const float* beside) {
+      const int64_t n = int64_t(step.wanted.size());
+      const int32_t* target = targets.data() + (at - first);
+      LogitScore* score = scores.data() + (at - first);
+      backend_.score({f.plan.logits->f32() + (at - begin) * vocab, beside, target, score, n, vocab});
+      for (int64_t i = 0; i < n; ++i)
+        if (!std::isfinite(score[i].nll)) throw not_finite(step.batch[size_t(step.wanted[size_t(i)])]);
+    };
+    if (!reference) return score_rows(f, begin, nullptr);
+    // The reference may be cut into other steps: each is scored beside its part of the rows that are there.
+    const int64_t before = given;
+    reference->feed_steps(tokens.subspan(size_t(before), size_t(end - before)), sequence, begin - before,
+                          [&](const Fed& r) {
+                            if (!r.wanted.empty())
+                              score_rows(r, before + r.from + r.wanted.front(), r.plan.logits->f32());
+                          });
+    given = end;
+  });
 }
 
 std::span<const float> Session::feed(std::span<const int32_t> tokens, int sequence) {
@@ -184,7 +234,8 @@ std::span<const float> Session::step(std::span<const std::pair<int, int32_t>> it
                                          std::to_string(options_.ctx));
     batch.push_back({token, sequence, int32_t(length)});
   }
-  const std::span<const float> logits = run(*decode_, batch, wanted, true);
+  run(*decode_, batch, wanted, true);
+  const std::span<const float> logits = read_logits(*decode_, batch, wanted);
   for (const auto& item : items) ++lengths_[size_t(item.first)];
   return logits;
 }

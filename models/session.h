@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/score_logits.h"
 #include "models/llama.h"
 #include "runtime/backend.h"
 #include "runtime/sampler.h"
@@ -59,6 +60,12 @@ class Session {
   void feed_all(std::span<const int32_t> tokens, int sequence, int64_t first,
                 const std::function<void(int64_t, std::span<const float>)>& visit);
 
+  // Feeds tokens and scores (score_logits.h) the logits after the last targets.size() of them against targets, on
+  // the backend. `reference`, unless null, is another session on this backend whose model shares the vocabulary:
+  // it is fed the same. Throws as feed(), for the logits of either.
+  void score(std::span<const int32_t> tokens, int sequence, std::span<const int32_t> targets,
+             std::span<LogitScore> scores, Session* reference = nullptr);
+
   // One token for each of several distinct sequences, appended to each. Returns logits (n, V), row i for item i,
   // valid until the next call.
   std::span<const float> step(std::span<const std::pair<int, int32_t>> sequence_and_token);
@@ -76,8 +83,16 @@ class Session {
 
  private:
   struct Plan;
-  std::span<const float> run(Plan&, std::span<const TokenAt>, std::span<const int32_t> wanted,
-                             bool apart = false);
+  struct Fed;
+
+  // Leaves the logits of the wanted items of batch in backend memory.
+  void run(Plan&, std::span<const TokenAt> batch, std::span<const int32_t> wanted, bool apart = false);
+  std::span<const float> read_logits(const Plan&, std::span<const TokenAt> batch,
+                                     std::span<const int32_t> wanted);
+  // Feeds tokens in steps, with the logits of every token from index `first` on; done(step) comes before the
+  // sequence grows.
+  void feed_steps(std::span<const int32_t> tokens, int sequence, int64_t first,
+                  const std::function<void(const Fed&)>& done);
 
   LlamaModel& model_;
   Backend& backend_;

@@ -169,7 +169,7 @@ void compare_grids(LlamaModel& source, Backend& backend, const Calibration& cali
     sum_up(v);
     v.bits = bits_of(v.blocks);
     const std::unique_ptr<Session> session = session_of(m);
-    v.output = perplexity(text, *session, reference.get(), backend.pool(),
+    v.output = perplexity(text, *session, reference.get(),
                           [&](int64_t w, double) { progress(v.name + ", output", w, text.chunks); });
     done(v);
   };

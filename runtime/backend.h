@@ -10,6 +10,7 @@
 
 #include "kernels/rope_kv.h"
 #include "kernels/sample.h"
+#include "kernels/score_logits.h"
 #include "runtime/graph.h"
 #include "runtime/thread_pool.h"
 
@@ -96,6 +97,9 @@ class Backend {
   // Throws Error(kRuntime) naming the operation on a device fault.
   virtual void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
                    const Observer* observer = nullptr) = 0;
+
+  // Scores rows of logits that run() left in backend memory; target and score are the host's. Waits.
+  virtual void score(const ScoreLogitsArgs&) = 0;
 
   // Whether decode() can draw tokens with these settings and so many bans; elsewhere the caller runs steps and
   // samples on the host.

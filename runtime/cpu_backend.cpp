@@ -160,6 +160,10 @@ class CpuBackend final : public Backend {
     });
   }
 
+  void score(const ScoreLogitsArgs& a) override {
+    pool_.run([&](Part p) { score_logits(a, p); });
+  }
+
  private:
   static constexpr size_t kSlack = 256;
   ThreadPool pool_;

@@ -146,6 +146,20 @@ class CudaBackend final : public Backend {
     }
   }
 
+  void score(const ScoreLogitsArgs& a) override {
+    guarded("scoring logits", [&] {
+      if (a.rows > scored_rows_) {
+        scored_ = pinned<LogitScore>(a.rows);
+        targets_ = pinned<int32_t>(a.rows);
+        scored_rows_ = a.rows;
+      }
+      std::copy_n(a.target, a.rows, targets_.get());
+      score_logits_cuda({a.logits, a.reference, targets_.get(), scored_.get(), a.rows, a.vocab}, stream_.get());
+      cuda_check(cudaStreamSynchronize(stream_.get()), "running the step");
+      std::copy_n(scored_.get(), a.rows, a.score);
+    });
+  }
+
   bool decodes(const SampleParams& p, int64_t banned) const override { return sample_supported(p, banned); }
 
   void decode(const DecodeLoop& d, const KvCache& kv, std::byte* scratch, const OnStep& visit) override {
@@ -167,8 +181,17 @@ class CudaBackend final : public Backend {
   };
   using Event = std::unique_ptr<CUevent_st, EventDeleter>;
   struct PinnedDeleter {
-    void operator()(int32_t* p) const { (void)cudaFreeHost(p); }
+    void operator()(void* p) const { (void)cudaFreeHost(p); }
   };
+  // Host memory that the device reaches.
+  template <typename T>
+  using Pinned = std::unique_ptr<T, PinnedDeleter>;
+  template <typename T>
+  static Pinned<T> pinned(int64_t count) {
+    void* p = nullptr;
+    cuda_check(cudaMallocHost(&p, size_t(count) * sizeof(T)), "pinned memory");
+    return Pinned<T>(static_cast<T*>(p));
+  }
 
   static cudaDeviceProp choose(int device) {
     const auto none = [](const std::string& why) {
@@ -239,9 +262,7 @@ class CudaBackend final : public Backend {
     assert(decodes(d.params, int64_t(d.banned.size())) && rows <= d.graph->max().outputs);
     if (rows > ring_rows_) {
       steps_.clear();
-      void* p = nullptr;
-      cuda_check(cudaMallocHost(&p, size_t(kAhead * rows) * sizeof(int32_t)), "memory for drawn tokens");
-      ring_.reset(static_cast<int32_t*>(p));
+      ring_ = pinned<int32_t>(kAhead * rows);
       ring_rows_ = rows;
     }
     if (!events_[0])
@@ -308,8 +329,11 @@ class CudaBackend final : public Backend {
   CudaLoader loader_;
   DenseCuda dense_;
   std::map<StepKey, Captured> steps_;
-  std::unique_ptr<int32_t, PinnedDeleter> ring_;  // (kAhead, ring_rows_) tokens drawn
+  Pinned<int32_t> ring_;  // (kAhead, ring_rows_) tokens drawn
   int64_t ring_rows_ = 0;
+  Pinned<LogitScore> scored_;  // (scored_rows_)
+  Pinned<int32_t> targets_;    // (scored_rows_)
+  int64_t scored_rows_ = 0;
   double read_bandwidth_ = 0;
   Event events_[kAhead];
 };

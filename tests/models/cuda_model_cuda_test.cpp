@@ -8,7 +8,9 @@
 #include <nlohmann/json.hpp>
 
 #include "doctest/doctest.h"
+#include "kernels/compare_logits.h"
 #include "kernels/linear.h"
+#include "models/perplexity.h"
 #include "models/session.h"
 #include "runtime/error.h"
 
@@ -156,6 +158,47 @@ TEST_CASE("cuda: models against exact weights on the CPU, for steps of every siz
   }
 }
 
+TEST_CASE("cuda: perplexity and divergence are those of the same logits on the host") {
+  if (!cuda()) return;
+  for (const Shape& shape : shapes())
+    for (const PplProtocol protocol : {PplProtocol::kGptq, PplProtocol::kLlamaCpp}) {
+      CAPTURE(shape.name);
+      LlamaModel m = make(shape), other = make(shape);
+      other.weights.final_norm =
+          make_weight_f32("final_norm", 1, m.config.dim, std::vector<float>(size_t(m.config.dim), 1.1f));
+      const PplText text{.protocol = protocol,
+                         .ctx = 301,
+                         .chunks = 2,
+                         .tokens = some_tokens(602, shape.config.vocab),
+                         .bos = "none",
+                         .hash = 0};
+      Session s(m, *cuda(), {.ctx = 300}), reference(other, *cuda(), {.ctx = 300});
+      double nll = 0, ref_nll = 0, kl = 0, same = 0;
+      for (int64_t w = 0; w < text.chunks; ++w) {
+        const auto window = std::span(text.tokens).subspan(size_t(w * text.ctx), size_t(text.ctx));
+        s.truncate(0, 0), reference.truncate(0, 0);
+        const LogitRows q = all_logits(s, window.first(300)), p = all_logits(reference, window.first(300));
+        for (size_t i = size_t(text.first_scored()); i < 300; ++i) {
+          const LogitComparison c = compare_logits(p[i].data(), q[i].data(), shape.config.vocab);
+          nll += c.lse_q - q[i][size_t(window[i + 1])];
+          ref_nll += c.lse_p - p[i][size_t(window[i + 1])];
+          kl += c.kl;
+          same += c.top_p == c.top_q;
+        }
+      }
+      const PplResult alone = perplexity(text, s, nullptr, nullptr),
+                      both = perplexity(text, s, &reference, nullptr);
+      const double n = double(alone.scored);
+      CHECK(alone.scored == 2 * text.scored_per_window());
+      CHECK(alone.ppl == doctest::Approx(std::exp(nll / n)).epsilon(1e-5));
+      CHECK(both.ppl == alone.ppl);
+      CHECK(both.ref_ppl == doctest::Approx(std::exp(ref_nll / n)).epsilon(1e-5));
+      // Fewer rows of logits at a time may be other sums of the head: the last bits of f32.
+      CHECK(both.kl_mean == doctest::Approx(kl / n).epsilon(1e-3));
+      CHECK(both.top1 == doctest::Approx(same / n).epsilon(0.01));
+    }
+}
+
 TEST_CASE("cuda: decoding on the device is stepping with the host's sampler") {
   if (!cuda()) return;
   for (const Shape& shape : shapes()) {
@@ -276,6 +319,10 @@ TEST_CASE("cuda: logits that are not finite stop a run and name the position") {
   const std::vector<int32_t> tokens = {1, 2, 3};
   CHECK(message([&] { s.feed(tokens); }).find("position 2") != std::string::npos);
   CHECK(s.length(0) == 0);  // nothing of what failed is kept
+  LogitScore score[2];
+  CHECK(message([&] { s.score(tokens, 0, std::span(tokens).last(2), score); }).find("position 1") !=
+        std::string::npos);
+  CHECK(s.length(0) == 0);
   CHECK(message([&] { greedy(s, 4, 10); }).find("position 0") != std::string::npos);
 }
 

@@ -100,7 +100,7 @@ TEST_CASE("stories260K: perplexity of 400 windows") {
     if (path.empty()) return;
     const PplText text = cut_text(contents(path), *model.tokenizer, model.config.context,
                                   {.protocol = PplProtocol::kLlamaCpp, .ctx = 128, .chunks = 400});
-    const PplResult r = perplexity(text, session, nullptr, backend->pool(), nullptr);
+    const PplResult r = perplexity(text, session, nullptr, nullptr);
     CHECK(r.scored == 400 * 63);
     CHECK(std::abs(r.ppl - expected) < 0.01);
   }

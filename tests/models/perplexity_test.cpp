@@ -94,7 +94,7 @@ TEST_CASE("both protocols give what their definitions say, with and without BOS,
             b(ref, *backend, {.kv = KvType::kF32});
         int64_t windows = 0;
         double last = 0;
-        const PplResult r = perplexity(cut, a, &b, backend->pool(), [&](int64_t w, double ppl) {
+        const PplResult r = perplexity(cut, a, &b, [&](int64_t w, double ppl) {
           CHECK(w == ++windows);
           last = ppl;
         });
@@ -109,11 +109,14 @@ TEST_CASE("both protocols give what their definitions say, with and without BOS,
           CHECK(r.kl_max == doctest::Approx(s.kl_max).epsilon(1e-4));
           CHECK(r.kl_p99 <= r.kl_max);
           CHECK(r.top1 == s.top1);
-          const PplResult alone = perplexity(cut, a, nullptr, backend->pool(), nullptr);
+          const PplResult alone = perplexity(cut, a, nullptr, nullptr);
           CHECK(alone.ppl == doctest::Approx(r.ppl).epsilon(1e-12));
           CHECK(alone.ppl_stderr == doctest::Approx(r.ppl_stderr).epsilon(1e-9));
-          const PplResult reference_alone = perplexity(cut, b, nullptr, backend->pool(), nullptr);
+          // The reference is fed in the steps of the model beside it.
+          Session same_steps(ref, *backend, {.ctx = 47, .chunk = 9, .kv = KvType::kF32});
+          const PplResult reference_alone = perplexity(cut, same_steps, nullptr, nullptr);
           CHECK(r.ref_ppl == doctest::Approx(reference_alone.ppl).epsilon(1e-12));
+          CHECK(r.ref_ppl == doctest::Approx(perplexity(cut, b, nullptr, nullptr).ppl).epsilon(1e-5));
         }
         CHECK(r.ppl == before.ppl);
         CHECK(r.kl_mean == before.kl_mean);
@@ -128,18 +131,33 @@ TEST_CASE("a model has no divergence from itself") {
   LlamaModel m = small_model(3, tokenizer->vocab_size());
   const auto backend = make_cpu_backend(2);
   Session a(m, *backend, {.kv = KvType::kF32}), b(m, *backend, {.kv = KvType::kF32});
-  const PplResult r = perplexity(cut_text(some_text(), *tokenizer, 48, {}), a, &b, backend->pool(), nullptr);
+  const PplResult r = perplexity(cut_text(some_text(), *tokenizer, 48, {}), a, &b, nullptr);
   CHECK(r.kl_mean == 0);
   CHECK(r.kl_max == 0);
   CHECK(r.top1 == 1);
   CHECK(r.ref_ppl == r.ppl);
 }
 
-TEST_CASE("negative log-likelihood of plain cases") {
-  const std::vector<float> even(8, 3.f), sure = {0, 1000, 0};
-  CHECK(negative_log_likelihood(even, 5) == doctest::Approx(std::log(8.0)));
-  CHECK(negative_log_likelihood(sure, 1) == 0);
-  CHECK(negative_log_likelihood(sure, 0) == 1000);
+TEST_CASE("logits that are not finite stop the run and name the position") {
+  const auto tokenizer = Tokenizer::from_gguf(test::tiny_bpe({"<s>"}));
+  const auto backend = make_cpu_backend(2);
+  const PplText cut = cut_text(some_text(), *tokenizer, 48, {.protocol = PplProtocol::kLlamaCpp, .ctx = 48});
+  LlamaModel good = small_model(4, tokenizer->vocab_size()), bad = small_model(4, tokenizer->vocab_size());
+  std::vector<float> gain(size_t(bad.config.dim), 1.f);
+  gain[5] = NAN;
+  bad.weights.final_norm = make_weight_f32("final_norm", 1, bad.config.dim, gain);
+  Session a(good, *backend, {.kv = KvType::kF32}), b(bad, *backend, {.chunk = 7, .kv = KvType::kF32});
+  const auto message = [&](Session& s, Session* reference) -> std::string {
+    try {
+      perplexity(cut, s, reference, nullptr);
+    } catch (const Error& e) {
+      return e.kind() == ErrorKind::kRuntime ? e.what() : "";
+    }
+    return "";
+  };
+  for (Session* reference : {static_cast<Session*>(nullptr), &a})
+    CHECK(message(b, reference) == "logits are not finite after position 24 of sequence 0");
+  CHECK(message(a, &b) == "logits are not finite after position 24 of sequence 0");
 }
 
 TEST_CASE("windows that cannot be are refused with the numbers") {
