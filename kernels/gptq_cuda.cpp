@@ -7,6 +7,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/device_array.h"
@@ -19,6 +20,9 @@ namespace {
 constexpr float kDifferenceScale = 16;                // a power of two: costs no bits
 constexpr int64_t kSystemBytes = int64_t(512) << 20;  // of the refit's systems at a time
 constexpr size_t kWorkspace = 32 << 20;               // what the library recommends for this chip
+constexpr int64_t kOuterBlock = 1024;                 // columns whose updates beyond it are one product
+constexpr int64_t kTogether = 16384;                  // tokens whose statistics are summed at a time
+constexpr int64_t kInverseColumns = 1024;             // of the factor's inverse at a time
 
 void check(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS)
@@ -65,6 +69,12 @@ struct GptqCuda::State {
   DeviceArray<uint8_t> memory;     // of the call in progress
   DeviceArray<int> flags;          // (2) bad, info
   DeviceArray<uint8_t> workspace;  // of the library
+  // Tokens whose statistics wait for more, in `memory`: each product reads and writes its whole sum.
+  struct Pending {
+    GptqStatisticsArgs args;  // of the first call
+    int64_t tokens = 0, room = 0;
+    uint16_t *x, *d, *e;  // (room, K), (room, K), (room, N)
+  } pending;
 
   explicit State(cudaStream_t s) : stream(s) {}
   ~State() {
@@ -80,10 +90,9 @@ struct GptqCuda::State {
                       c, int(ldc)),
           "product");
   }
-  // Row-major C (m, n) = alpha A B + beta add, A (m, k) split by row; B (k, n) split by column, or B^T by
-  // row. For the products of whole matrices: f32 ones would be most of the time.
-  void product(const SplitMatrix& a, const SplitMatrix& b, float alpha, float* c, const float* add = nullptr,
-               float beta = 0) {
+  // Row-major C (m, n) = A B but for the scales of rows and columns, A (m, k) split by row; B (k, n) split by
+  // column, or B^T by row. For the products of whole matrices: f32 ones would be most of the time.
+  void scaled_product(const SplitMatrix& a, const SplitMatrix& b, float* c) {
     const bool transposed = !b.by_column;
     const int64_t m = a.rows, k = a.cols, n = transposed ? b.rows : b.cols;
     const auto part = [&](const uint16_t* x, const uint16_t* y, float scale, float keep) {
@@ -95,7 +104,12 @@ struct GptqCuda::State {
     part(a.low, b.high, 1 / kSplitLow, 0);
     part(a.high, b.low, 1 / kSplitLow, 1);
     part(a.high, b.high, 1, 1);
-    unsplit_cuda(c, a.scale, b.scale, m, n, alpha, add, beta, stream);
+  }
+  // C = alpha A B + beta add.
+  void product(const SplitMatrix& a, const SplitMatrix& b, float alpha, float* c, const float* add = nullptr,
+               float beta = 0) {
+    scaled_product(a, b, c);
+    unsplit_cuda(c, a.scale, b.scale, a.rows, b.by_column ? b.cols : b.rows, alpha, add, beta, stream);
   }
   // The same of f32 operands, each split on the way; whose memory `x` and `y` are.
   void product(const float* a, const SplitMatrix& x, const float* b, const SplitMatrix& y, float alpha,
@@ -113,16 +127,35 @@ struct GptqCuda::State {
                        CUBLAS_GEMM_DEFAULT),
           "sums over tokens");
   }
-  // Runs the panels of the GPTQ pass or of a sweep over x, which hears of later columns by products with m.
-  void walk(GptqPanelArgs p, float* x, float* moved, void (*panel)(const GptqPanelArgs&, cudaStream_t)) {
+  // What a walk over x (N, K) works in: what an outer block moved, also as fp16, and what the rest hears of
+  // it.
+  struct WalkMemory {
+    float *moved, *heard;  // (N, kOuterBlock), (N, K)
+    SplitMatrix left;      // (N, kOuterBlock)
+  };
+  // Runs the panels of the GPTQ pass or of a sweep over x, which hears of later columns by products with p.m:
+  // those of its outer block in f32 panel by panel, the rest, once for each outer block, by one split
+  // product; m is p.m split by column (unless K fits one outer block).
+  void walk(GptqPanelArgs p, float* x, const SplitMatrix& m, WalkMemory memory,
+            void (*panel)(const GptqPanelArgs&, cudaStream_t)) {
     p.x = x;
-    p.moved = moved;
-    for (p.begin = 0; p.begin < p.k; p.begin += p.size) {
-      p.size = std::min(kGptqBlock, p.k - p.begin);
-      const int64_t end = p.begin + p.size;
-      panel(p, stream);
-      product(false, false, p.n, p.k - end, p.size, -1, p.moved, kGptqBlock, p.m + p.begin * p.k + end, p.k,
-              1, x + end, p.k);
+    p.moved_stride = kOuterBlock;
+    for (int64_t outer = 0; outer < p.k; outer += kOuterBlock) {
+      const int64_t width = std::min(kOuterBlock, p.k - outer), end = outer + width, rest = p.k - end;
+      for (p.begin = outer; p.begin < end; p.begin += p.size) {
+        p.size = std::min(kGptqBlock, end - p.begin);
+        p.moved = memory.moved + (p.begin - outer);
+        panel(p, stream);
+        const int64_t next = p.begin + p.size;
+        product(false, false, p.n, end - next, p.size, -1, p.moved, kOuterBlock, p.m + p.begin * p.k + next,
+                p.k, 1, x + next, p.k);
+      }
+      if (rest == 0) break;
+      memory.left.rows = p.n, memory.left.cols = width;
+      split_cuda(memory.moved, memory.left, stream);
+      const SplitMatrix right = m.part(outer, width, end);
+      scaled_product(memory.left, right, memory.heard);
+      unsplit_add_cuda(memory.heard, memory.left.scale, right.scale, p.n, rest, -1, x + end, p.k, stream);
     }
   }
   bool flagged() {
@@ -146,27 +179,40 @@ GptqCuda::~GptqCuda() = default;
 
 void GptqCuda::statistics(const GptqStatisticsArgs& a) {
   if (a.tokens == 0) return;
+  State::Pending& p = s_->pending;
+  if (p.tokens + a.tokens > p.room) finish_statistics();
   const int64_t ld = round_up(a.k, 8), ldr = round_up(a.n, 8);
-  uint16_t *x, *difference;
-  Cut(s_->memory)(x, a.tokens * ld)(difference, a.tokens * std::max(a.x_full ? ld : 0, a.r ? ldr : 0)).take();
-  gptq_to_half_cuda(a.x, nullptr, 1, a.tokens, a.k, x, ld, s_->stream);
+  if (p.tokens == 0) {
+    p.args = a;
+    p.room = std::max<int64_t>(1, kTogether / a.tokens) * a.tokens;
+    Cut(s_->memory)(p.x, p.room * ld)(p.d, a.x_full ? p.room * ld : 0)(p.e, a.r ? p.room * ldr : 0).take();
+  }
+  gptq_to_half_cuda(a.x, nullptr, 1, a.tokens, a.k, p.x + p.tokens * ld, ld, s_->stream);
+  if (a.x_full)
+    gptq_to_half_cuda(a.x_full, a.x, kDifferenceScale, a.tokens, a.k, p.d + p.tokens * ld, ld, s_->stream);
+  if (a.r)
+    gptq_to_half_cuda(a.r_full, a.r, kDifferenceScale, a.tokens, a.n, p.e + p.tokens * ldr, ldr, s_->stream);
+  p.tokens += a.tokens;
+}
+
+void GptqCuda::finish_statistics() {
+  State::Pending& p = s_->pending;
+  const GptqStatisticsArgs& a = p.args;
+  const int64_t tokens = std::exchange(p.tokens, 0), ld = round_up(a.k, 8), ldr = round_up(a.n, 8);
+  p.room = 0;
+  if (tokens == 0) return;
   // Panels of rows, each from its diagonal on: wide enough for the library, narrow enough to spare most of
   // the rest.
   const int64_t panel = std::max<int64_t>(1024, round_up(ceil_div(a.k, 8), 128));
-  for (int64_t i = 0; i < a.k; i += panel) {
-    s_->gram(std::min(panel, a.k - i), a.k - i, a.tokens, a.factor, x + i, ld, x + i, ld, a.h + i * a.k + i,
+  for (int64_t i = 0; i < a.k; i += panel)
+    s_->gram(std::min(panel, a.k - i), a.k - i, tokens, a.factor, p.x + i, ld, p.x + i, ld, a.h + i * a.k + i,
              a.k);
-  }
   const float factor = a.factor / kDifferenceScale;
-  if (a.x_full) {
-    gptq_to_half_cuda(a.x_full, a.x, kDifferenceScale, a.tokens, a.k, difference, ld, s_->stream);
-    s_->gram(a.k, a.k, a.tokens, factor, difference, ld, x, ld, a.d, a.k);
-  }
-  if (a.r) {
-    gptq_to_half_cuda(a.r_full, a.r, kDifferenceScale, a.tokens, a.n, difference, ldr, s_->stream);
-    s_->gram(a.n, a.k, a.tokens, factor, difference, ldr, x, ld, a.e, a.k);
-  }
+  if (a.x_full) s_->gram(a.k, a.k, tokens, factor, p.d, ld, p.x, ld, a.d, a.k);
+  if (a.r) s_->gram(a.n, a.k, tokens, factor, p.e, ldr, p.x, ld, a.e, a.k);
 }
+
+void GptqCuda::drop_statistics() { s_->pending = {}; }
 
 bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k) {
   int size = 0;
@@ -181,9 +227,12 @@ bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k)
                          s_->flags.get() + 1),
         "factor");
   const double one = 1;
-  check(cublasDtrsm(s_->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT,
-                    int(k), int(k), &one, a, int(k), b, int(k)),
-        "inverse");
+  for (int64_t j = 0; j < k; j += kInverseColumns) {  // what stands below a column of the inverse stays zero
+    const int64_t columns = std::min(kInverseColumns, k - j);
+    check(cublasDtrsm(s_->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT,
+                      int(j + columns), int(columns), &one, a, int(k), b + j * k, int(k)),
+          "inverse");
+  }
   gptq_factor_end_cuda(b, u, s_->flags.get(), k, s_->stream);
   return !s_->flagged();
 }
@@ -216,25 +265,31 @@ void GptqCuda::solve(const GptqSolveArgs& a) {
   GptqPanelArgs p{};
   p.m = a.u, p.order = a.order, p.scales = a.scales, p.codes = a.codes;
   p.n = a.n, p.k = a.k, p.group = a.group, p.levels = a.levels;
-  float* moved;
-  Cut(s_->memory)(moved, a.n * kGptqBlock).take();
-  s_->walk(p, a.w, moved, gptq_solve_panel_cuda);
+  const bool outer = a.k > kOuterBlock;
+  State::WalkMemory memory;
+  SplitMatrix right{};
+  Cut cut(s_->memory);
+  cut(memory.moved, a.n * kOuterBlock);
+  if (outer) cut(memory.heard, a.n * a.k)(memory.left, a.n, kOuterBlock, false)(right, a.k, a.k, true);
+  cut.take();
+  if (outer) split_cuda(a.u, right, s_->stream);
+  s_->walk(p, a.w, right, memory, gptq_solve_panel_cuda);
 }
 
 void GptqCuda::sweep(const GptqRefineArgs& a) {
   float *e, *gradient, *moved;
   SplitMatrix left, right;
   Cut cut(s_->memory);
-  cut(e, a.n * a.k)(gradient, a.n * a.k)(moved, a.n * kGptqBlock)(left, a.n, a.k, false)(right, a.k, a.k,
-                                                                                         true)
-      .take();
+  cut(e, a.n * a.k)(gradient, a.n * a.k)(moved, a.n * kOuterBlock);
+  cut(left, a.n, std::max(a.k, kOuterBlock), false)(right, a.k, a.k, true).take();
+  left.cols = a.k;
   gptq_error_cuda({a.w, a.scales, a.codes, a.n, a.k, a.group, a.levels}, e, s_->stream);
   s_->product(e, left, a.h, right, 1, gradient);
   GptqPanelArgs p{};
   p.m = a.h, p.scales = a.scales, p.codes = a.codes;
   p.n = a.n, p.k = a.k, p.group = a.group, p.levels = a.levels;
   p.dither = a.dither, p.pass = a.pass;
-  s_->walk(p, gradient, moved, gptq_sweep_panel_cuda);
+  s_->walk(p, gradient, right, {moved, e, left}, gptq_sweep_panel_cuda);
 }
 
 void GptqCuda::refit(const GptqRefineArgs& a) {
@@ -288,6 +343,11 @@ void GptqCuda::losses(const GptqRefineArgs& a, RowSums* sums, bool weights) {
     s_->product(left, right, 1, wh);
   }
   gptq_row_sums_cuda(e, eh, weights ? a.w : nullptr, weights ? wh : nullptr, sums, n, k, s_->stream);
+}
+
+void GptqCuda::product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
+                       int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+  s_->product(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 size_t GptqCuda::bytes() const { return s_->memory.bytes() + s_->workspace.bytes(); }

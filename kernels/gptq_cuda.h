@@ -55,7 +55,11 @@ class GptqCuda {
   GptqCuda(const GptqCuda&) = delete;
   GptqCuda& operator=(const GptqCuda&) = delete;
 
+  // Sums wait until enough tokens have come for a good product: h, d and e of one call are those of the next,
+  // and nothing else is called but product() until the sums are finished or dropped.
   void statistics(const GptqStatisticsArgs&);
+  void finish_statistics();
+  void drop_statistics();
   // u (K, K) = upper Cholesky factor of the inverse of h (K, K, symmetric) in `order`, in f64 throughout.
   // False: not positive definite, or not finite. Waits.
   bool factor(const float* h, const int32_t* order, float* u, int64_t k);
@@ -67,6 +71,10 @@ class GptqCuda {
   void feed_back(const GptqFeedbackArgs&);
   // sums (N) of w - value(codes) under h; with `weights` those of w as well, else they are zero.
   void losses(const GptqRefineArgs&, RowSums* sums, bool weights);
+
+  // Row-major C (m, n) = alpha op(A) op(B) + beta C in f32.
+  void product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
+               const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
 
   size_t bytes() const;  // of working memory
 

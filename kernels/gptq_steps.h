@@ -21,7 +21,8 @@ struct GptqPanelArgs {
   const int32_t* order;    // (K) file's column of each step; null: as they are
   const uint16_t* scales;  // (N, G)
   uint8_t* codes;          // (N, K) in the file's order; sweep reads them too
-  float* moved;            // (N, kGptqBlock)
+  float* moved;            // (N, kGptqBlock), rows so many values apart (a multiple of 4)
+  int64_t moved_stride;
   int64_t n, k, group;
   int64_t begin, size;  // columns; size <= kGptqBlock
   Levels levels;

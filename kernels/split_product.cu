@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads) row_scale_kernel(const float* x, flo
 }
 
 // The largest of a column in a band of rows, as bits in `scale`, which was zero; a maximum needs no order.
-__global__ void __launch_bounds__(kThreads) column_largest_kernel(const float* x, float* scale, int64_t rows,
-                                                                int64_t cols) {
+__global__ void __launch_bounds__(kThreads)
+    column_largest_kernel(const float* x, float* scale, int64_t rows, int64_t cols) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= cols) return;
   unsigned largest = 0;
@@ -61,8 +61,9 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const float* x, SplitMa
   }
 }
 
-__global__ void __launch_bounds__(kThreads) unsplit_kernel(float* y, const float* row, const float* column, int64_t m,
-                                                         int64_t n, float alpha, const float* add, float beta) {
+__global__ void __launch_bounds__(kThreads)
+    unsplit_kernel(float* y, const float* row, const float* column, int64_t m, int64_t n, float alpha,
+                   const float* add, float beta) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= n) return;
   const float by = alpha / column[j];
@@ -70,6 +71,15 @@ __global__ void __launch_bounds__(kThreads) unsplit_kernel(float* y, const float
     const float v = y[i * n + j] / row[i] * by;
     y[i * n + j] = add ? fmaf(beta, add[i * n + j], v) : v;
   }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    unsplit_add_kernel(const float* y, const float* row, const float* column, int64_t m, int64_t n,
+                       float alpha, float* to, int64_t stride) {
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (j >= n) return;
+  const float by = alpha / column[j];
+  for (int64_t i = blockIdx.y; i < m; i += gridDim.y) to[i * stride + j] += y[i * n + j] / row[i] * by;
 }
 
 unsigned blocks_of(int64_t columns) { return unsigned(ceil_div(columns, kThreads)); }
@@ -81,21 +91,28 @@ void split_cuda(const float* x, const SplitMatrix& s, cudaStream_t stream) {
   if (s.rows == 0 || s.cols == 0) return;
   if (s.by_column) {
     cuda_check(cudaMemsetAsync(s.scale, 0, size_t(s.cols) * sizeof(float), stream), "split");
-    launch("split", column_largest_kernel, dim3(blocks_of(s.cols), unsigned(ceil_div(s.rows, kBand))), kThreads, 0, 1,
-           false, stream, x, s.scale, s.rows, s.cols);
+    launch("split", column_largest_kernel, dim3(blocks_of(s.cols), unsigned(ceil_div(s.rows, kBand))),
+           kThreads, 0, 1, false, stream, x, s.scale, s.rows, s.cols);
     launch("split", column_scale_kernel, blocks_of(s.cols), kThreads, 0, 1, false, stream, s.scale, s.cols);
   } else {
     launch("split", row_scale_kernel, unsigned(s.rows), kThreads, 0, 1, false, stream, x, s.scale, s.cols);
   }
-  launch("split", split_kernel, dim3(blocks_of(s.ld()), strides_of(s.rows)), kThreads, 0, 1, false, stream, x, s,
-         s.ld());
+  launch("split", split_kernel, dim3(blocks_of(s.ld()), strides_of(s.rows)), kThreads, 0, 1, false, stream, x,
+         s, s.ld());
 }
 
-void unsplit_cuda(float* y, const float* row, const float* column, int64_t m, int64_t n, float alpha, const float* add,
-                  float beta, cudaStream_t stream) {
+void unsplit_cuda(float* y, const float* row, const float* column, int64_t m, int64_t n, float alpha,
+                  const float* add, float beta, cudaStream_t stream) {
   if (m == 0 || n == 0) return;
-  launch("unsplit", unsplit_kernel, dim3(blocks_of(n), strides_of(m)), kThreads, 0, 1, false, stream, y, row, column, m,
-         n, alpha, add, beta);
+  launch("unsplit", unsplit_kernel, dim3(blocks_of(n), strides_of(m)), kThreads, 0, 1, false, stream, y, row,
+         column, m, n, alpha, add, beta);
+}
+
+void unsplit_add_cuda(const float* y, const float* row, const float* column, int64_t m, int64_t n,
+                      float alpha, float* to, int64_t stride, cudaStream_t stream) {
+  if (m == 0 || n == 0) return;
+  launch("unsplit", unsplit_add_kernel, dim3(blocks_of(n), strides_of(m)), kThreads, 0, 1, false, stream, y,
+         row, column, m, n, alpha, to, stride);
 }
 
 }  // namespace q4s

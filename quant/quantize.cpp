@@ -8,6 +8,7 @@ namespace {
 constexpr int64_t kChunk = 4096;  // tokens of a step; on the CPU that does not depend on the model
 constexpr int64_t kMostChunk = 32768;
 constexpr int64_t kChunkValues = int64_t(1) << 26;  // of the widest activation
+constexpr int64_t kTogether = 16384;                // tokens that the GPU sums at a time
 constexpr int64_t kMostHeld = int64_t(3) << 30;     // bytes of one unit's inputs
 
 }  // namespace
@@ -56,8 +57,10 @@ QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64
   QuantizePlan p{};
   p.weights = 4 * widest + (samples ? (gpu ? 2 : 4) * streams * c.linear_weights() / c.layers : 0);
   p.hessian = 4 * k * k * (1 + streams) + (streams == 2 ? 4 * residual : 0);
-  // A unit's copies and codes; the factorisation in f64 or what a step of the solve works in.
-  p.working = 10 * widest + std::max(16 * k * k, 16 * widest + 4 * k * k);
+  // A unit's copies and codes; the factorisation in f64, what a step of the solve works in, or tokens that
+  // wait for their sums.
+  const int64_t waiting = gpu ? 2 * kTogether * (streams * k + (streams == 2 ? c.dim : 0)) : 0;
+  p.working = 10 * widest + std::max({16 * k * k, 16 * widest + 4 * k * k, waiting});
   if (o.couple && streams == 2) {  // targets and errors of coupled rows, and their feedback
     p.working += 8 * std::max(unit_rows(c, Unit::kQkv) * c.dim, c.dim * c.hidden) + 4 * c.dim * c.dim;
   }

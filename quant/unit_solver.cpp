@@ -1,5 +1,6 @@
 #include "quant/unit_solver.h"
 
+#include <algorithm>
 #include <cassert>
 
 #include "runtime/error.h"
@@ -29,7 +30,8 @@ class CpuUnitSolver final : public UnitSolver {
     factor_.dead.assign(k, 0);
   }
 
-  void add(const float* x, const float* x_full, const float* r, const float* r_full, int64_t tokens) override {
+  void add(const float* x, const float* x_full, const float* r, const float* r_full,
+           int64_t tokens) override {
     gram(x, x, h_, tokens, k_, true);
     if (!d_.empty()) gram(difference(x_full, x, tokens * k_), x, d_, tokens, k_, false);
     if (!e_.empty()) gram(difference(r_full, r, tokens * n_), x, e_, tokens, n_, false);
@@ -74,6 +76,20 @@ class CpuUnitSolver final : public UnitSolver {
     Distance all;
     for (const Distance& d : pieces) all.difference_2 += d.difference_2, all.full_2 += d.full_2;
     return all;
+  }
+
+  void product(const ProductArgs& a) override {
+    constexpr int64_t kRows = 64;  // of C: a piece of work
+    pool_.run([&](Part part) {
+      const auto [begin, end] = part.of(a.m, kRows);
+      for (int64_t i = begin; i < end; i += kRows)
+        dense_gemm(a.ta, a.tb, std::min(kRows, end - i), a.n, a.k, a.alpha,
+                   a.a + i * (a.ta == Transpose::kYes ? 1 : a.lda), a.lda, a.b, a.ldb, a.beta,
+                   a.c + i * a.ldc, a.ldc);
+    });
+  }
+  HessianFactor factor_of(std::vector<float> h, int64_t k, double damp) override {
+    return factor_hessian(std::move(h), k, damp, true, team_);
   }
 
  private:

@@ -24,6 +24,7 @@ class CudaUnitSolver final : public UnitSolver {
       n_ = n, k_ = k;
       corrects_ = corrects, residual_ = corrects && residual;
       scale_ = 2.0f / float(samples);
+      gptq_.drop_statistics();
       h_.clear(k * k, stream_);
       if (corrects_) d_.clear(k * k, stream_);
       if (residual_) e_.clear(n * k, stream_);
@@ -54,23 +55,12 @@ class CudaUnitSolver final : public UnitSolver {
 
   double factor(double damp, bool act_order) override {
     return device_guarded("factor", [&] {
+      gptq_.finish_statistics();
+      enter(Stage::kFactor);
       f_ = {};
       f_.k = k_;
       gptq_mirror_cuda(h_.get(), k_, stream_);
-      std::vector<float> diagonal(k_);
-      gptq_diagonal_cuda(h_.get(), diagonal_.take(k_), k_, false, stream_);
-      diagonal_.download(diagonal.data(), k_, stream_);
-      flag_.clear(1, stream_);
-      gptq_finite_cuda(h_.get(), k_ * k_, FLT_MAX, flag_.get(), stream_);
-      int bad = 0;
-      flag_.download(&bad, 1, stream_);
-      ok_ = climb_damping(f_, std::move(diagonal), bad == 0, damp, act_order,
-                          [&](const std::vector<float>& damped) {
-                            diagonal_.upload(damped.data(), k_, stream_);
-                            gptq_diagonal_cuda(h_.get(), diagonal_.get(), k_, true, stream_);
-                            if (!f_.order.empty()) order_.upload(f_.order.data(), k_, stream_);
-                            return gptq_.factor(h_.get(), order_.get(), u_.take(k_ * k_), k_);
-                          });
+      ok_ = factor_matrix(f_, h_.get(), diagonal_, order_, u_.take(k_ * k_), damp, act_order);
       std::vector<int32_t> inverse(k_);
       for (int64_t i = 0; i < k_; ++i) inverse[f_.order[i]] = int32_t(i);
       inverse_.upload(inverse.data(), k_, stream_);
@@ -127,9 +117,52 @@ class CudaUnitSolver final : public UnitSolver {
     });
   }
 
+  void product(const ProductArgs& a) override {
+    device_guarded("product", [&] {
+      gptq_.product(a.ta == Transpose::kYes, a.tb == Transpose::kYes, a.m, a.n, a.k, a.alpha, a.a, a.lda, a.b,
+                    a.ldb, a.beta, a.c, a.ldc);
+    });
+  }
+
+  HessianFactor factor_of(std::vector<float> h, int64_t k, double damp) override {
+    return device_guarded("factor", [&] {
+      HessianFactor f;
+      f.k = k;
+      f.h = std::move(h);
+      DeviceArray<float> matrix, diagonal, u;
+      DeviceArray<int32_t> order;
+      matrix.upload(f.h.data(), k * k, stream_);
+      const bool ok = factor_matrix(f, matrix.get(), diagonal, order, u.take(k * k), damp, true);
+      matrix.download(f.h.data(), k * k, stream_);
+      f.u.resize(ok ? k * k : 0);
+      if (ok) u.download(f.u.data(), k * k, stream_);
+      return f;
+    });
+  }
+
  private:
   void enter(Stage s) {
     if (clock_) clock_->enter(s);
+  }
+
+  // h (K, K) becomes damped, u its factor; `diagonal` and `order` end as those of the factor.
+  bool factor_matrix(HessianFactor& f, float* h, DeviceArray<float>& diagonal, DeviceArray<int32_t>& order,
+                     float* u, double damp, bool act_order) {
+    const int64_t k = f.k;
+    std::vector<float> on_host(k);
+    gptq_diagonal_cuda(h, diagonal.take(k), k, false, stream_);
+    diagonal.download(on_host.data(), k, stream_);
+    flag_.clear(1, stream_);
+    gptq_finite_cuda(h, k * k, FLT_MAX, flag_.get(), stream_);
+    int bad = 0;
+    flag_.download(&bad, 1, stream_);
+    return climb_damping(f, std::move(on_host), bad == 0, damp, act_order,
+                         [&](const std::vector<float>& damped) {
+                           diagonal.upload(damped.data(), k, stream_);
+                           gptq_diagonal_cuda(h, diagonal.get(), k, true, stream_);
+                           if (!f.order.empty()) order.upload(f.order.data(), k, stream_);
+                           return gptq_.factor(h, order.get(), u, k);
+                         });
   }
 
   QuantizedLinear solve_on_device(float* w, const SolveOptions& o) {
