@@ -188,14 +188,16 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
       RowCoupling coupling;
       run_block(u, [&](const float* in) {  // exact, for the statistics
         if (coupled && u == Unit::kQkv)
-          coupling = couple_attention(c, backend, in, w.get(), std::min(sequences, coupling_sequences(c)),
+          coupling = couple_attention(c,
+                                      queries_and_keys(c, backend, *solver, in, w.get(),
+                                                       std::min(sequences, coupling_sequences(c)), seq_len),
                                       seq_len, team);
       });
+      solver->factor(kDamp, true);
       if (coupled && u == Unit::kDown && l == c.layers - 1)
-        coupling = couple_output(m, backend, nullptr, moved.get(), tokens, team);
+        coupling = couple_output(m, backend, *solver, nullptr, moved.get(), tokens, team);
       gptq.coupling = coupling.blocks ? &coupling : nullptr;
       if (reference.empty()) reference = logits(l, moved.get());
-      solver->factor(kDamp, true);
       const double error = summarize(solver->solve(w.get(), gptq).rows, k, 0, n).relative;
       solver->values(w.get());
       runner.set(u, w.get());

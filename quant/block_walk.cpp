@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cassert>
 #include <chrono>
+#include <future>
 
 #include "kernels/half.h"
 #include "quant/activations.h"
@@ -196,9 +197,12 @@ class BlockWalk {
       float* x_full = full_ ? x_full_.open(t, n) : nullptr;
       if (full_) inputs(*full_, u, x_full, in_full_.get(), n);
       if (full_ && sums && o_.couple && u == Unit::kQkv && t == 0) {
-        clock_->enter(Stage::kTarget);
-        coupling_ =
-            couple_attention(c_, backend_, in_full_.get(), w_.get(), probe() / seq_len_, seq_len_, team_);
+        clock_->enter(Stage::kCouple);
+        // On the GPU the host's threads have nothing to do until the sums are complete.
+        coming_ = std::async(
+            backend_.name() == "cuda" ? std::launch::async : std::launch::deferred,
+            [this, qk = queries_and_keys(c_, backend_, *solver_, in_full_.get(), w_.get(), probe() / seq_len_,
+                                         seq_len_)] { return couple_attention(c_, qk, seq_len_, team_); });
       }
       if (sums) {
         clock_->enter(Stage::kSums);
@@ -239,9 +243,11 @@ class BlockWalk {
     LinearReport info;
     info.k = k;
     if (calibration_ && o_.covers(name)) info.damp = solver_->factor(o_.damp, o_.act_order);
+    clock_->enter(Stage::kCouple);
+    if (coming_.valid()) coupling_ = coming_.get();
     if (full_ && o_.couple && index == c_.layers - 1 && u == Unit::kDown)
-      coupling_ = couple_output(model_, backend_, o_.rotate ? &r1_ : nullptr, x_full_.open(0, probe()),
-                                probe(), team_);
+      coupling_ = couple_output(model_, backend_, *solver_, o_.rotate ? &r1_ : nullptr,
+                                x_full_.open(0, probe()), probe(), team_);
     clock_->enter(Stage::kLosses);
     std::vector<WeightShape> shapes;  // before a solve clears what no input reaches
     for (const Projection& p : projections(c_))
@@ -371,8 +377,9 @@ class BlockWalk {
   Weight rope_;
   std::unique_ptr<BlockRunner> quant_, full_;  // full_ only for the correction
   Activations x_, x_full_;                     // (T, D) residual streams
-  Activations hold_o_, hold_down_;  // (T, H hd), (T, F): inputs of the quantised model; or made again
-  Buffer in_, in_full_;             // (chunk, widest) inputs of a linear
+  Activations hold_o_, hold_down_;   // (T, H hd), (T, F): inputs of the quantised model; or made again
+  Buffer in_, in_full_;              // (chunk, widest) inputs of a linear
+  std::future<RowCoupling> coming_;  // of the unit in hand
 };
 
 }  // namespace

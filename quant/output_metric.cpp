@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/dense.h"
+#include "quant/buffer.h"
 
 namespace q4s {
 namespace {
@@ -100,8 +101,21 @@ std::vector<float> attention_metric(const LlamaConfig& c, const std::vector<floa
 }
 
 std::vector<float> logit_metric(const LlamaConfig& c, std::vector<float> x, const std::vector<float>& gain,
-                                const std::function<void(int64_t, int64_t, float*)>& head, const Team& team) {
-  const int64_t d = c.dim, v = c.vocab, tokens = int64_t(x.size()) / d;
+                                const std::function<void(int64_t, int64_t, float*)>& head, Backend& backend,
+                                UnitSolver& solver, const Team& team) {
+  const int64_t d = c.dim, v = c.vocab, tokens = int64_t(x.size()) / d, slab = std::min(v, kHeadRows);
+  const auto for_pieces = [&](int64_t count, int64_t piece, const auto& fn) {
+    team([&](Part part) {
+      const auto [first, last] = part.of(count, piece);
+      for (int64_t i = first; i < last; i += piece) fn(i, std::min(i + piece, last));
+    });
+  };
+  const auto put = [&](const std::vector<float>& from, int64_t count, const Buffer& to) {
+    backend.write(to.bytes(), from.data(), size_t(count) * sizeof(float));
+  };
+  const auto get = [&](const Buffer& from, std::vector<float>& to) {
+    backend.read(to.data(), from.bytes(), to.size() * sizeof(float));
+  };
   std::vector<float> weight(tokens);  // 1 / rms^2 over the number of tokens
   for (int64_t t = 0; t < tokens; ++t) {
     double squares = 0;
@@ -110,61 +124,71 @@ std::vector<float> logit_metric(const LlamaConfig& c, std::vector<float> x, cons
     weight[t] = float(scale / double(tokens));
     for (int64_t i = 0; i < d; ++i) x[t * d + i] *= float(std::sqrt(scale)) * gain[i];
   }
-  std::vector<float> p(tokens * v), rows(std::min(v, kHeadRows) * d);
+  const Buffer stream(backend, tokens * d, "the output's metric"),
+      output(backend, tokens * v, "the output's metric"),
+      part_of_head(backend, slab * d, "the output's metric"),
+      scaled(backend, slab * d, "the output's metric"), means(backend, tokens * d, "the output's metric"),
+      sum(backend, d * d, "the output's metric");
+  std::vector<float> rows(slab * d);
   const auto for_head = [&](const std::function<void(int64_t begin, int64_t count)>& fn) {
-    for (int64_t begin = 0; begin < v; begin += kHeadRows) {
-      const int64_t count = std::min(kHeadRows, v - begin);
+    for (int64_t begin = 0; begin < v; begin += slab) {
+      const int64_t count = std::min(slab, v - begin);
       head(begin, begin + count, rows.data());
+      put(rows, count * d, part_of_head);
       fn(begin, count);
     }
   };
-  const auto for_tokens = [&](const std::function<void(int64_t t, int64_t n)>& fn) {
-    team([&](Part part) {
-      const auto [first, last] = part.of(tokens, kTokens);
-      for (int64_t t = first; t < last; t += kTokens) fn(t, std::min(kTokens, tokens - t));
-    });
-  };
+  put(x, tokens * d, stream);
   for_head([&](int64_t begin, int64_t count) {
-    for_tokens([&](int64_t t, int64_t n) {
-      dense_gemm(kNo, kYes, n, count, d, 1.0f, &x[t * d], d, rows.data(), d, 0.0f, &p[t * v + begin], v);
-    });
+    solver.product({kNo, kYes, tokens, count, d, 1.0f, stream.get(), d, part_of_head.get(), d, 0.0f,
+                    output.get() + begin, v});
   });
-  for_tokens([&](int64_t first, int64_t n) {
-    for (int64_t t = first; t < first + n; ++t) {
+  std::vector<float> p(tokens * v), all(v);  // all: of every token of the vocabulary, its weighted sum of p
+  get(output, p);
+  for_pieces(tokens, kTokens, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
       float* row = &p[t * v];
       const float top = *std::max_element(row, row + v);
-      double sum = 0;
-      for (int64_t i = 0; i < v; ++i) sum += row[i] = std::exp(row[i] - top);
-      for (int64_t i = 0; i < v; ++i) row[i] = float(row[i] / sum);
+      double total = 0;
+      for (int64_t i = 0; i < v; ++i) total += row[i] = std::exp(row[i] - top);
+      for (int64_t i = 0; i < v; ++i) row[i] = float(row[i] / total);
     }
   });
+  for_pieces(v, kHeadRows, [&](int64_t first, int64_t last) {
+    std::vector<double> sums(last - first);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = first; i < last; ++i) sums[i - first] += double(weight[t]) * p[t * v + i];
+    for (int64_t i = first; i < last; ++i) all[i] = float(sums[i - first]);
+  });
+  put(p, tokens * v, output);
   // sum over the vocabulary of (weighted sum of p) E E^T, less that of the means E^T p of every token.
-  std::vector<float> metric(d * d), mean(tokens * d);
   for_head([&](int64_t begin, int64_t count) {
-    for_tokens([&](int64_t t, int64_t n) {
-      dense_gemm(kNo, kNo, n, d, count, 1.0f, &p[t * v + begin], v, rows.data(), d, begin ? 1.0f : 0.0f,
-                 &mean[t * d], d);
+    const float keep = begin ? 1.0f : 0.0f;
+    solver.product({kNo, kNo, tokens, d, count, 1.0f, output.get() + begin, v, part_of_head.get(), d, keep,
+                    means.get(), d});
+    for_pieces(count, kTokens, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t j = 0; j < d; ++j) rows[i * d + j] *= all[begin + i];
     });
-    std::vector<float> scaled(count * d);
-    for (int64_t i = 0; i < count; ++i) {
-      double sum = 0;
-      for (int64_t t = 0; t < tokens; ++t) sum += double(weight[t]) * p[t * v + begin + i];
-      for (int64_t j = 0; j < d; ++j) scaled[i * d + j] = float(sum) * rows[i * d + j];
-    }
-    team([&](Part part) {
-      const auto [first, last] = part.of(d, kTokens);
-      for (int64_t i = first; i < last; i += kTokens)
-        dense_gemm(kYes, kNo, std::min(kTokens, d - i), d, count, 1.0f, &rows[i], d, scaled.data(), d, 1.0f,
-                   &metric[i * d], d);
-    });
+    put(rows, count * d, scaled);
+    solver.product(
+        {kYes, kNo, d, d, count, 1.0f, part_of_head.get(), d, scaled.get(), d, keep, sum.get(), d});
   });
+  std::vector<float> mean(tokens * d), metric(d * d);
+  get(means, mean);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t j = 0; j < d; ++j) mean[t * d + j] *= std::sqrt(weight[t]);
-  dense_gemm(kYes, kNo, d, d, tokens, -1.0f, mean.data(), d, mean.data(), d, 1.0f, metric.data(), d);
-  for (int64_t i = 0; i < d; ++i)
-    for (int64_t j = 0; j < d; ++j) metric[i * d + j] *= gain[i] * gain[j];
-  for (int64_t i = 0; i < d; ++i)  // the products round the two halves differently
-    for (int64_t j = 0; j < i; ++j) metric[i * d + j] = metric[j * d + i];
+  put(mean, tokens * d, means);
+  solver.product({kYes, kNo, d, d, tokens, -1.0f, means.get(), d, means.get(), d, 1.0f, sum.get(), d});
+  get(sum, metric);
+  for_pieces(d, kTokens, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = i; j < d; ++j) metric[i * d + j] *= gain[i] * gain[j];
+  });
+  for_pieces(d, kTokens, [&](int64_t first, int64_t last) {  // the products round the two halves differently
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = 0; j < i; ++j) metric[i * d + j] = metric[j * d + i];
+  });
   return metric;
 }
 

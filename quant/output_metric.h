@@ -7,6 +7,7 @@
 
 #include "models/config.h"
 #include "quant/factor.h"
+#include "quant/unit_solver.h"
 
 namespace q4s {
 
@@ -23,8 +24,10 @@ std::vector<float> attention_metric(const LlamaConfig&, const std::vector<float>
 // The residual stream before the final norm: the divergence of the output is half of e^T M e with
 // M = mean over tokens of G (E^T (diag p - p p^T) E) G / rms^2, G the gains of the norm, E the head (V, D), p
 // the output's distribution. (The part of the norm that takes the direction of x out of e is left out.) x
-// (tokens, D) the stream. head(begin, end, to) writes rows [begin, end) of E. Returns (D, D).
+// (tokens, D) the stream. head(begin, end, to) writes rows [begin, end) of E. Returns (D, D). Products are
+// the solver's, in the backend's memory.
 std::vector<float> logit_metric(const LlamaConfig&, std::vector<float> x, const std::vector<float>& gain,
-                                const std::function<void(int64_t, int64_t, float*)>& head, const Team&);
+                                const std::function<void(int64_t, int64_t, float*)>& head, Backend&,
+                                UnitSolver&, const Team&);
 
 }  // namespace q4s

@@ -8,6 +8,7 @@
 // form of the forward pass, quant/output_metric.h.)
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "quant/factor.h"
@@ -34,7 +35,9 @@ struct RowCoupling {
 
 // metric (blocks, size, size): symmetric, positive semidefinite, of any scale each. Damped by a tenth of the
 // mean diagonal. Empty (no blocks) where a metric cannot be factored.
+// `factor` serves where there is one block: factor_hessian() with act-order, or a device's.
+using MetricFactor = std::function<HessianFactor(std::vector<float> h, int64_t k, double damp)>;
 RowCoupling couple_rows(const std::vector<float>& metric, int64_t blocks, int64_t size, int64_t n,
-                        const Team&);
+                        const Team&, const MetricFactor& factor = nullptr);
 
 }  // namespace q4s

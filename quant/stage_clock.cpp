@@ -30,7 +30,7 @@ class HostClock final : public StageClock {
 }  // namespace
 
 const char* stage_name(Stage s) {
-  static constexpr const char* kNames[kStages] = {"load",   "forward", "sums",   "factor", "target",
+  static constexpr const char* kNames[kStages] = {"load",   "forward", "sums",   "factor", "couple", "target",
                                                   "search", "solve",   "refine", "losses", "store"};
   return kNames[int(s)];
 }

@@ -1,5 +1,5 @@
-// Where the time of a quantisation goes. On the GPU the host runs ahead, so stages are told apart by marks in the
-// device's own stream; what it waits for the host counts with the stage in progress.
+// Where the time of a quantisation goes. On the GPU the host runs ahead, so stages are told apart by marks in
+// the device's own stream; what it waits for the host counts with the stage in progress.
 #pragma once
 #include <array>
 #include <memory>
@@ -11,8 +11,20 @@
 
 namespace q4s {
 
-enum class Stage { kLoad, kForward, kSums, kFactor, kTarget, kSearch, kSolve, kRefine, kLosses, kStore };
-constexpr int kStages = 10;
+enum class Stage {
+  kLoad,
+  kForward,
+  kSums,
+  kFactor,
+  kCouple,
+  kTarget,
+  kSearch,
+  kSolve,
+  kRefine,
+  kLosses,
+  kStore
+};
+constexpr int kStages = 11;
 const char* stage_name(Stage);
 
 class StageClock {

@@ -121,7 +121,12 @@ TEST_CASE(
       for (int64_t j = 0; j < d; ++j) z[i] += double(head[i * d + j]) * stream[j] * scale * gain[j];
     return softmax(z);
   };
-  const std::vector<float> m = logit_metric(c, x, gain, rows, oracle::parts(3));
+  const std::unique_ptr<Backend> cpu = make_cpu_backend(2);
+  const std::unique_ptr<UnitSolver> solver = make_unit_solver(*cpu);
+  const auto metric_of = [&](const std::vector<float>& stream, int threads) {
+    return logit_metric(c, stream, gain, rows, *cpu, *solver, oracle::parts(threads));
+  };
+  const std::vector<float> m = metric_of(x, 3);
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j < d; ++j) CHECK(m[i * d + j] == m[j * d + i]);
   double along = 0, length = 0;
@@ -136,11 +141,10 @@ TEST_CASE(
           doctest::Approx(quadratic(m.data(), e, d)).epsilon(0.05));
   }
   // Two tokens: the mean.
-  const std::vector<float> y = oracle::gaussian(d, 5, 3.0f),
-                           other = logit_metric(c, y, gain, rows, oracle::parts(1));
+  const std::vector<float> y = oracle::gaussian(d, 5, 3.0f), other = metric_of(y, 1);
   std::vector<float> both = x;
   both.insert(both.end(), y.begin(), y.end());
-  const std::vector<float> mean = logit_metric(c, both, gain, rows, oracle::parts(2));
+  const std::vector<float> mean = metric_of(both, 2);
   double largest = 0;
   for (float f : m) largest = std::max(largest, double(std::abs(f)));
   for (int64_t i = 0; i < d * d; ++i) CHECK(std::abs(mean[i] - (m[i] + other[i]) / 2) < 1e-4 * largest);
