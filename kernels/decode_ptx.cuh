@@ -1,4 +1,5 @@
-// The PTX instructions of the decode kernels: asynchronous copies, warp products. Device code only.
+// The PTX instructions of the decode kernels: asynchronous copies, cluster memory, warp products. Device code
+// only.
 #pragma once
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -23,37 +24,107 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Bulk copies by the copy engine, whose bytes are counted by a barrier in shared memory (sm_90).
-__device__ inline void barrier_init(uint64_t* barrier) {
-#ifdef Q4S_HOPPER
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+// Barriers in shared memory. On sm_90 a full stage is announced by one thread and completed by the copy
+// engine's bytes; before, by each lane's own copies.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kFullArrivals = 32;
+#else
+constexpr int kFullArrivals = 1;
 #endif
+__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 __device__ inline void barrier_init_done() {
 #ifdef Q4S_HOPPER
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-// One lane of the warp, all of whose lanes say the same, asks for a copy whose bytes complete the barrier.
-__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-#ifdef Q4S_HOPPER
+__device__ inline void barrier_arrive(uint64_t* barrier) {
   asm volatile(
-      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
-      "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
-      "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n}" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
       : "memory");
-#endif
 }
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #ifdef Q4S_HOPPER
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra AGAIN;\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
+#define Q4S_BARRIER_TEST "mbarrier.try_wait"
+#else
+#define Q4S_BARRIER_TEST "mbarrier.test_wait"
+#endif
+  asm volatile("{\n.reg .pred done;\nAGAIN:\n" Q4S_BARRIER_TEST
+               ".parity.shared.b64 done, [%0], %1;\n"
+               "@!done bra AGAIN;\n}" ::"r"(shared_address(barrier)),
+               "r"(parity)
+               : "memory");
+#undef Q4S_BARRIER_TEST
+}
+
+// What a lane copies from global to shared memory: 0 or a multiple of 16 bytes.
+struct DecodeCopy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+};
+// Starts the copies of all lanes of a warp, which complete a phase of `barrier`.
+template <int kCopies>
+__device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint64_t* barrier, int lane) {
+#ifdef Q4S_HOPPER
+  uint32_t bytes = 0;
+#pragma unroll
+  for (const DecodeCopy& c : copies) bytes += c.bytes;
+  bytes = __reduce_add_sync(0xffffffffu, bytes);
+  const uint32_t at = shared_address(barrier);
+  if (lane == 0)
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(at),
+                 "r"(bytes)
+                 : "memory");
+  __syncwarp();
+#pragma unroll
+  for (const DecodeCopy& c : copies)
+    if (c.bytes)
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+              shared_address(c.to)),
+          "l"(c.from), "r"(c.bytes), "r"(at)
+          : "memory");
+#else
+#pragma unroll
+  for (const DecodeCopy& c : copies)
+    for (uint32_t left = __ballot_sync(0xffffffffu, c.bytes > 0); left; left &= left - 1) {
+      const int leader = __ffs(int(left)) - 1;
+      char* to = reinterpret_cast<char*>(__shfl_sync(0xffffffffu, uint64_t(c.to), leader));
+      const char* from = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, uint64_t(c.from), leader));
+      const uint32_t bytes = __shfl_sync(0xffffffffu, c.bytes, leader);
+      for (uint32_t i = lane * 16; i < bytes; i += 512) copy_async(to + i, from + i);
+    }
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+// Brings a line to the L2 cache.
+__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// A barrier of some warps of a block.
+template <int kBarrier, int kThreads>
+__device__ inline void warps_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+template <int kBarrier, int kThreads>
+__device__ inline void warps_arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
+// A float in the shared memory of another block of the cluster, at the address it has here.
+__device__ inline float cluster_read(const float* p, int rank) {
+  float v = 0;
+#ifdef Q4S_HOPPER
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+#endif
+  return v;
+}
+__device__ inline void cluster_sync() {
+#ifdef Q4S_HOPPER
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
@@ -71,7 +142,7 @@ __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])             \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 template <bool kSignedA, bool kSignedB>
-__device__ inline void mma_16832(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma_16832(uint32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if (kSignedA && kSignedB) Q4S_MMA_16832(s8, s8);
   if (kSignedA && !kSignedB) Q4S_MMA_16832(s8, u8);
   if (!kSignedA && kSignedB) Q4S_MMA_16832(u8, s8);

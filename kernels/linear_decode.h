@@ -1,14 +1,14 @@
-// y = f(x * W^T) for a few tokens: the products of a decoding step, one kernel each, at the speed of the
-// memory.
+// Products y = f(x * W^T) for a few tokens, up to four that follow each other in one kernel: the products of
+// a decoding step at the speed of the memory.
 //
 // Prologue: with `gain`, x is normalised first (rms_norm.h). Epilogue: a residual is added; or silu(gate) *
 // up is made of a stacked gate|up product (weight packed with RowMap::kPairHalves); or a stacked qkv product
 // is rotated and its k and v appended to the cache (RowMap::kRope). Everything is in device memory; positions
 // are read there.
 //
-// Values: for integer codes each 128 columns of x are rounded to 16-bit integers below their largest, and the
-// sums of a group of codes are exact; for fp16 weights x is rounded to fp16 under a power of two for each 128
-// columns, so that no x is too large. These sums are added in f32, in an order that depends on the shapes
+// Values: for integer codes each 128 columns of x are rounded to integers below 32640, the largest of them,
+// and the sums of a group of codes are exact; for fp16 weights x is rounded to fp16 under a power of two for
+// each 128 columns, so that no x is too large. These sums are added in f32, in an order that depends on K
 // alone. An x that is no number makes every output of its token none.
 #pragma once
 #include "kernels/cuda_stream.h"
@@ -43,14 +43,28 @@ struct LinearDecodeArgs {
   int64_t heads = 0, kv_heads = 0;
 };
 
-// Most tokens for which this kernel beats a GEMM.
+// Most tokens for which this kernel beats a GEMM; the most products of a chain, and the most tokens for which
+// one chain beats a kernel for each product.
 constexpr int64_t kLinearDecodeTokens = 16;
-// Groups of 32, of 64 times a power of two, or whole rows; a row of scales and a slice of x must fit a block.
+constexpr size_t kLinearDecodeChain = 4;
+constexpr int64_t kLinearDecodeChainTokens = 1;
+constexpr int64_t kLinearDecodeChainColumns = 32768;  // most of y where a product follows
+constexpr size_t kLinearDecodeExchange =
+    4096 + (kLinearDecodeChain - 1) * kLinearDecodeChainTokens * kLinearDecodeChainColumns * sizeof(uint64_t);
+// Groups of 32, of 64 times a power of two, or whole rows; a slice of x must fit a block.
 bool linear_decode_supported(const Q4Layout&);
 
+// Whether a product may follow another in a chain.
+bool linear_decode_follows(const LinearDecodeArgs& next, const LinearDecodeArgs& last);
+
+// Runs a chain of `count` products in their order. x and residual of a product may be y of one before it.
+// exchange: kLinearDecodeExchange bytes of device memory, zero before its first use, for all chains of one
+// stream: what the blocks hand each other between products; unused for a single product. A chain needs all
+// multiprocessors at once.
 // pdl: programmatic dependent launch. The kernel then may start while its predecessor in the stream still
 // runs; it reads weights at once, and everything else only after the predecessor is complete. Throws
 // CudaError.
-void linear_decode_cuda(const LinearDecodeArgs&, cudaStream_t, bool pdl);
+void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* exchange, cudaStream_t,
+                        bool pdl);
 
 }  // namespace q4s

@@ -7,60 +7,68 @@
 namespace q4s {
 namespace {
 
-constexpr int kMaxPhases = 16, kWarps = kDecodeWarps;
-constexpr int64_t kScaleBytes = 16384;  // of a round, if it has more than one row
+constexpr int kFewStages = 4;  // of a ring that hides the memory's latency
 
-int64_t scale_row_bytes(const Q4Layout& l) { return l.groups() * kQ4TileRows * 2; }
-
-// Lays out shared memory.
-void place(LinearDecodeConfig& c, const Q4Layout& l, bool norm, int rows) {
-  const int token_block = (c.tokens + 7) / 8 * 8;
-  c.x = kWarps * kDecodeRing;
-  c.bias = c.x + kWarps * c.tokens * (c.slice_units * kUnitColumns * 2 + 64);
-  c.x_scale = c.bias + kWarps * c.slice_units * linear_decode_unit_groups(l) * token_block * 4;
-  c.scales = c.x_scale + kWarps * c.slice_units * token_block * 4;
-  c.partial = c.scales + (c.round < rows ? 2 : 1) * int(scale_row_bytes(l)) * c.round;
-  // Gains are done with before sums begin, unless they are needed again for a further phase.
-  const int sums = c.round * c.slices * kQ4TileRows * c.tokens * 4;
-  const int gains = norm ? kWarps * c.slice_units * kUnitColumns * 4 : 0;
-  c.gain = c.partial + (c.phases == 1 ? 0 : sums);
-  c.squares = std::max(c.partial + sums, c.gain + gains);
-  c.early = c.squares + kWarps * c.tokens * 4;
-  c.barriers = (c.early + kWarps * 32 * 12 + 7) / 8 * 8;
-  c.shared = c.barriers + kWarps * kDecodeSlots * 8;
+// Lays out shared memory with at most `limit` units of a row at a time.
+LinearDecodeConfig place(const LinearDecodeShape* shapes, size_t count, int tokens, int multiprocessors,
+                         int shared_bytes, int limit) {
+  LinearDecodeConfig c;
+  c.tokens = tokens;
+  c.blocks = multiprocessors;
+  int x_units = 0, meta = 0, squares = 0, sums = 0, groups = 0, bits = 4;
+  for (size_t i = 0; i < count; ++i) {
+    const Q4Layout& l = shapes[i].layout;
+    LinearDecodePart& part = c.part[i];
+    part.rows = int(l.n_tiles() / c.blocks);
+    part.more_rows = int(l.n_tiles() % c.blocks);
+    part.units = int(ceil_div(l.k_tiles(), kUnitTiles));
+    part.phases = int(ceil_div(part.units, limit));
+    part.phase_units = int(ceil_div(part.units, part.phases));
+    const int unit_groups = linear_decode_unit_groups(l);
+    x_units = std::max(x_units, part.phase_units);
+    meta = std::max(meta, part.phase_units * linear_decode_meta(unit_groups));
+    if (shapes[i].norm) squares = std::max(squares, part.units);
+    if (part.phases > 1) sums = std::max(sums, part.rows + (part.more_rows > 0));
+    groups = std::max(groups, unit_groups);
+    bits = l.bits;
+  }
+  c.stride = x_units * kUnitColumns * 2 + 64;
+  const int band = linear_decode_band(bits, tokens);
+  c.stage_scales = band * kDecodeWarps * kUnitTiles * kQ4TileBytes * (bits / 4);
+  c.stage_bytes = c.stage_scales + band * kDecodeWarps * groups * kQ4TileRows * 2;
+  const auto layout = [&](int stages) {
+    c.stages = stages;
+    c.x = stages * c.stage_bytes;
+    c.meta = c.x + tokens * c.stride;
+    c.squares = c.meta + meta * tokens * 4;
+    c.partial = int(round_up(c.squares + squares * tokens * 4, 16));
+    c.sums = c.partial + kDecodeBands * band * kDecodeWarps * tokens * kQ4TileRows * 4;
+    c.norm = c.sums + sums * tokens * kQ4TileRows * 4;
+    c.barriers = int(round_up(c.norm + kDecodeReducers * tokens * 4, 8));
+    c.shared = c.barriers + 2 * (kDecodeStages + kDecodeBands) * 8;
+  };
+  layout(0);
+  layout(std::clamp((shared_bytes - c.shared) / c.stage_bytes, 2, kDecodeStages));
+  return c;
 }
 
 }  // namespace
 
-LinearDecodeConfig linear_decode_config(const Q4Layout& l, int tokens, bool norm, int multiprocessors,
-                                        int shared_bytes) {
-  LinearDecodeConfig c;
-  const int units = int(ceil_div(l.k_tiles(), kUnitTiles));
-  c.blocks = int(std::min<int64_t>(l.n_tiles(), multiprocessors));
-  const int rows = int(ceil_div(l.n_tiles(), c.blocks));  // most of a block
-  c.rows = int(l.n_tiles() / c.blocks);
-  c.more_rows = int(l.n_tiles() % c.blocks);
-  for (c.tokens = tokens;; c.tokens = (c.tokens + 1) / 2) {
-    for (c.phases = 1; c.phases <= std::min(kMaxPhases, units); ++c.phases) {
-      c.units = units / c.phases;
-      c.more_units = units % c.phases;
-      c.slices = std::min(kWarps, c.units);
-      c.slice_units = int(ceil_div(c.units + (c.more_units > 0), c.slices));
-      c.round = rows;
-      if (c.phases > 1) {
-        place(c, l, norm, rows);
-        if (c.shared <= shared_bytes) return c;
-        continue;
-      }
-      // Rounds of like size, one output pair a thread.
-      const int by_scales = int(kScaleBytes / std::max<int64_t>(1, scale_row_bytes(l)));
-      for (int most = std::max(1, std::min(kWarps * 32 / (8 * c.tokens), by_scales)); most >= 1; most /= 2) {
-        c.round = int(ceil_div(rows, ceil_div(rows, most)));
-        place(c, l, norm, rows);
-        if (c.shared <= shared_bytes) return c;
-      }
+LinearDecodeConfig linear_decode_config(const LinearDecodeShape* shapes, size_t count, int tokens,
+                                        int multiprocessors, int shared_bytes) {
+  int units = 1;
+  for (size_t i = 0; i < count; ++i)
+    units = std::max(units, int(ceil_div(shapes[i].layout.k_tiles(), kUnitTiles)));
+  for (;; tokens = (tokens + 1) / 2) {
+    LinearDecodeConfig best;
+    for (int parts = 1; parts <= std::min(16, units); ++parts) {
+      const LinearDecodeConfig c =
+          place(shapes, count, tokens, multiprocessors, shared_bytes, int(ceil_div(units, parts)));
+      if (best.blocks == 0 || (best.shared > shared_bytes && c.shared <= shared_bytes) ||
+          (best.stages < kFewStages && c.stages > best.stages && c.shared <= shared_bytes))
+        best = c;
     }
-    if (c.tokens == 1) return c;
+    if (best.shared <= shared_bytes || tokens == 1) return best;
   }
 }
 

@@ -1,46 +1,61 @@
-// How linear_decode cuts its work: a pure function of the shape, so that it is testable without a device.
+// How linear_decode cuts its work: a pure function of the shapes, so that it is testable without a device.
 //
-// A block owns a run of tile rows. K is cut in units of 128 columns; warp w of a block multiplies units w, w
-// + slices ... of all its rows, so that the warps together read each row in order. Blocks work in passes:
-// rounds of rows that are reduced together, or, where x does not fit a block's shared memory at once, phases
-// of K over all of the block's rows.
+// A block owns a run of tile rows of each product, which it reads in bands of one or two rows. Rows are cut
+// in units of 128 columns, and the units of a block's bands, one band after another, are the stream that it
+// reads: kDecodeWarps of them a stage, one for each warp, that of each row of the band. Where x of all
+// columns does not fit shared memory, columns are taken in phases, over all of the block's rows each.
 #pragma once
 #include "kernels/q4_tiles.h"
 
 namespace q4s {
 
-constexpr int kDecodeWarps = 16;       // a block
-constexpr int kDecodeRing = 4 * 1024;  // bytes on their way to a warp
-constexpr int kDecodeSlots = 4;        // most units of a ring, int4's
+constexpr int kDecodeWarps = 16;    // that multiply
+constexpr int kDecodeReducers = 2;  // warps that add up rows, in turn
+constexpr int kDecodeBands = 2;     // whose sums meet at a time
+constexpr int kDecodeStages = 16;   // most stages of the ring
+constexpr int kDecodeProducts = 4;  // most of a chain
 constexpr int kUnitTiles = 2, kUnitColumns = kUnitTiles * kQ4TileCols;
+
+struct LinearDecodePart {
+  int rows = 0, more_rows = 0;                 // tile rows of a block; the first `more_rows` have one more
+  int units = 0, phases = 1, phase_units = 0;  // of a row; the most of a phase
+  // Units [first, second) of a phase, the same number but for one.
+  Q4S_HOST_DEVICE int phase_begin(int phase) const {
+    return phase * (units / phases) + (phase < units % phases ? phase : units % phases);
+  }
+};
 
 struct LinearDecodeConfig {
   int tokens = 0;  // of one launch
-  int blocks = 0;  // each has `rows` tile rows, the first `more_rows` one more
-  int rows = 0, more_rows = 0;
-  int slices = 0;                 // warps of a block that have work
-  int phases = 1;                 // parts of K that are staged one after another; 1: rounds
-  int units = 0, more_units = 0;  // of a phase; the first `more_units` have one more
-  int slice_units = 0;            // most units of a warp in a phase
-  int round = 0;                  // most tile rows of a pass
-  // Bytes: where a block's shared memory has what, and its size. At 0 the units on their way: (warps,
-  // kDecodeRing); x: (warps, T, slice_units of 256 bytes, and 64); bias: (warps, slice_units * groups in a
-  // unit, 8 or 16 tokens) int32; x_scale: likewise without groups, f32; gain, if any, in the place of the
-  // partial sums if there is one phase: (warps, slice_units, 128) f32; scales: (2 where there are rounds,
-  // round, groups, 16) fp16; partial sums: (round, slices, 16, T); sums of squares: (warps, T); what
-  // epilogues load early: (threads) of 12 bytes; barriers: (warps, kDecodeSlots) of 8 bytes.
-  int x = 0, bias = 0, x_scale = 0, gain = 0, scales = 0, partial = 0, squares = 0, early = 0, barriers = 0,
-      shared = 0;
+  int blocks = 0;
+  LinearDecodePart part[kDecodeProducts];
+  int stages = 0, stage_bytes = 0, stage_scales = 0;  // of the ring; where in a stage its scales are
+  int stride = 0;                                     // bytes of a token's x in shared memory
+  // Bytes: where a block's shared memory has what, and its size. At 0 the ring, each stage (rows of a band,
+  // kDecodeWarps) units of codes, then the like of scales; x: (T) of `stride`; meta: (phase_units, T,
+  // linear_decode_meta()) words; squares: (units, T) f32; partial sums: (kDecodeBands, rows of a band,
+  // kDecodeWarps, T, 16) f32; sums of earlier phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32;
+  // barriers of 8 bytes: 2 a stage, 2 a band.
+  int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, barriers = 0, shared = 0;
 };
 
+// Tile rows of a band: where registers and shared memory allow it two, which share what is done with x.
+constexpr int linear_decode_band(int bits, int tokens) { return bits == 4 && tokens <= 4 ? 2 : 1; }
 // Groups of scales in a unit.
 constexpr int linear_decode_unit_groups(const Q4Layout& l) {
   return l.bits == 16 ? 0 : l.group >= l.k || l.group >= kUnitColumns ? 1 : int(kUnitColumns / l.group);
 }
+// Words about one token of a staged unit: the biases of its groups and its scale, rounded up.
+constexpr int linear_decode_meta(int unit_groups) { return unit_groups <= 1 ? 2 : 2 * unit_groups; }
+
+struct LinearDecodeShape {
+  Q4Layout layout;
+  bool norm = false;
+};
 
 // As many of `tokens` at once as fit `shared_bytes` a block; `shared` is more than that where not even one
 // does.
-LinearDecodeConfig linear_decode_config(const Q4Layout&, int tokens, bool norm, int multiprocessors,
-                                        int shared_bytes);
+LinearDecodeConfig linear_decode_config(const LinearDecodeShape*, size_t count, int tokens,
+                                        int multiprocessors, int shared_bytes);
 
 }  // namespace q4s

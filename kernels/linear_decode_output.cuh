@@ -1,94 +1,188 @@
-// What becomes of the sums of linear_decode: residual, silu(gate) * up, or rotation and cache. Device code.
+// The warps of linear_decode that add up a tile row and make of the sums what the product's epilogue says:
+// residual, silu(gate) * up, or rotation and cache. Device code.
 #pragma once
-#include "kernels/linear_decode_stage.cuh"
+#include "kernels/linear_decode_ring.cuh"
+#include "kernels/pdl.cuh"
 
 namespace q4s {
 
-// Rows r and r+8 of a tile row, for one token: what one thread finishes. The constructor and prepare() load
-// what the epilogue needs long before the sums are there: residual or position, then by position cos and sin.
-// Until then it is kept in shared memory, as a float3.
-template <int kTokens>
-struct OutputPair {
-  int tile_row, r, token;
-  bool active;
-  float low = 0, high = 0;  // residual; or cos, sin
-  int position = 0;
+// Rows r and r + 8 of a tile row for one token. load() gets what the epilogue needs long before the sums are
+// there: residual; or cos, sin and the place in the cache.
+struct DecodeOutput {
+  float low = 0, high = 0;
+  int64_t cache = 0;
 
-  // Item i of a round that starts at tile row `first` and has `count` of them. early: what has been loaded,
-  // or null.
-  __device__ OutputPair(const LinearDecodeParams& p, int i, int first, int count,
-                        const float3* early = nullptr)
-      : tile_row(first + i / 8 / (kTokens == 1 ? 1 : p.tokens)),
-        r(i % 8),
-        token(kTokens == 1 ? 0 : i / 8 % p.tokens),
-        active(i < 8 * count * p.tokens) {
-    if (!active) return;
-    if (early) {
-      low = early->x, high = early->y, position = __float_as_int(early->z);
-      return;
-    }
+  __device__ void load(const LinearDecodeProduct& a, int tile_row, int r, int token, uint32_t launch) {
     const int row = tile_row * kQ4TileRows + r;
-    if (p.epilogue == Epilogue::kNone && p.residual) {
-      const float* from = p.residual + int64_t(token) * p.n;
-      if (row < p.n) low = __ldcg(from + row);
-      if (row + 8 < p.n) high = __ldcg(from + row + 8);
+    if (a.epilogue == Epilogue::kNone && a.residual_packets) {
+      const uint64_t* from = a.residual_packets + int64_t(token) * a.n;
+      if (row < a.n) low = wait_packet(from + row, launch);
+      if (row + 8 < a.n) high = wait_packet(from + row + 8, launch);
+    } else if (a.epilogue == Epilogue::kNone && a.residual) {
+      const float* from = a.residual + int64_t(token) * a.n;
+      if (row < a.n) low = __ldcg(from + row);
+      if (row + 8 < a.n) high = __ldcg(from + row + 8);
+    } else if (a.epilogue == Epilogue::kRopeKv) {
+      const int position = __ldcg(a.position + token);
+      cache = __ldcg(a.sequence + token) * a.kv.ctx + position;
+      if (row >= (a.heads + a.kv_heads) * a.head_dim) return;
+      const int i = row % a.head_dim / 16 * 8 + r;
+      const float2 turn = *reinterpret_cast<const float2*>(a.table + int64_t(position) * a.head_dim + 2 * i);
+      low = turn.x;
+      high = turn.y;
     }
-    if (p.epilogue == Epilogue::kRopeKv) position = __ldcg(p.position + token);
-  }
-  __device__ void prepare(const LinearDecodeParams& p) {
-    const int row = tile_row * kQ4TileRows + r;
-    if (!active || p.epilogue != Epilogue::kRopeKv || row >= (p.heads + p.kv_heads) * p.head_dim) return;
-    const int i = row % p.head_dim / 16 * 8 + r;
-    const float2 turn = *reinterpret_cast<const float2*>(p.table + int64_t(position) * p.head_dim + 2 * i);
-    low = turn.x;
-    high = turn.y;
   }
 
-  __device__ float3 early() const { return make_float3(low, high, __int_as_float(position)); }
-
-  __device__ void finish(const LinearDecodeParams& p, float a, float b) const {
+  __device__ void finish(const LinearDecodeProduct& a, int tile_row, int r, int token, float u, float v,
+                         uint32_t launch) const {
     const int row = tile_row * kQ4TileRows + r;
-    if (p.epilogue == Epilogue::kNone) {
-      float* to = p.y + int64_t(token) * p.n;
-      if (row < p.n) to[row] = a + low;
-      if (row + 8 < p.n) to[row + 8] = b + high;
-    } else if (p.epilogue == Epilogue::kSwiglu) {
-      const int hidden = p.n / 2, i = tile_row * 8 + r;
-      const float product = __fdividef(a, 1 + __expf(-a)) * b;
-      if (i < hidden) p.y[int64_t(token) * hidden + i] = product;
+    const auto put = [&](int64_t at, float value) {
+      a.y[at] = value;
+      if (a.y_packets) store_packet(a.y_packets + at, value, launch);
+    };
+    if (a.epilogue == Epilogue::kNone) {
+      const int64_t at = int64_t(token) * a.n + row;
+      if (row < a.n) put(at, u + low);
+      if (row + 8 < a.n) put(at + 8, v + high);
+    } else if (a.epilogue == Epilogue::kSwiglu) {
+      const int hidden = a.n / 2, i = tile_row * 8 + r;
+      const float product = __fdividef(u, 1 + __expf(-u)) * v;
+      if (i < hidden) put(int64_t(token) * hidden + i, product);
     } else {
-      rotate_and_store(p, row, a, b);
+      rotate_and_store(a, row, r, token, u, v);
     }
   }
 
  private:
-  __device__ void rotate_and_store(const LinearDecodeParams& p, int row, float a, float b) const {
-    const int q_rows = p.heads * p.head_dim, k_rows = p.kv_heads * p.head_dim;
+  __device__ void rotate_and_store(const LinearDecodeProduct& a, int row, int r, int token, float u,
+                                   float v) const {
+    const int q_rows = a.heads * a.head_dim, k_rows = a.kv_heads * a.head_dim;
     int first = row, step = 8;  // rows of the file: first, first + step
-    float u = a, v = b;
+    float x = u, y = v;
     if (row < q_rows + k_rows) {
-      step = p.head_dim / 2;
-      first = row / p.head_dim * p.head_dim + row % p.head_dim / 16 * 8 + r;
-      u = a * low - b * high;
-      v = a * high + b * low;
+      step = a.head_dim / 2;
+      first = row / a.head_dim * a.head_dim + row % a.head_dim / 16 * 8 + r;
+      x = u * low - v * high;
+      y = u * high + v * low;
     }
     if (row < q_rows) {
-      p.y[int64_t(token) * q_rows + first] = u;
-      p.y[int64_t(token) * q_rows + first + step] = v;
+      a.y[int64_t(token) * q_rows + first] = x;
+      a.y[int64_t(token) * q_rows + first + step] = y;
       return;
     }
     const bool is_k = row < q_rows + k_rows;
-    void* cache = is_k ? p.kv.k : p.kv.v;
-    const int64_t at =
-        (__ldcg(p.sequence + token) * p.kv.ctx + position) * k_rows + first - q_rows - (is_k ? 0 : k_rows);
-    if (p.kv.type == KvType::kF16) {
-      static_cast<__half*>(cache)[at] = __float2half_rn(u);
-      static_cast<__half*>(cache)[at + step] = __float2half_rn(v);
+    void* to = is_k ? a.kv.k : a.kv.v;
+    const int64_t at = cache * k_rows + first - q_rows - (is_k ? 0 : k_rows);
+    if (a.kv.type == KvType::kF16) {
+      static_cast<__half*>(to)[at] = __float2half_rn(x);
+      static_cast<__half*>(to)[at + step] = __float2half_rn(y);
     } else {
-      static_cast<float*>(cache)[at] = u;
-      static_cast<float*>(cache)[at + step] = v;
+      static_cast<float*>(to)[at] = x;
+      static_cast<float*>(to)[at + step] = y;
     }
   }
 };
+
+// Where in shared memory the sums meet.
+struct DecodeSumPlaces {
+  float *partial, *sums,
+      *norm;             // (kDecodeBands, kBand, kDecodeWarps, T, 16); (rows, T, 16); (T) of a reducer
+  const float* squares;  // (units, T)
+};
+
+// Warp `j` of the reducers: rows j, j + kDecodeReducers ... of a block's tile rows. A lane adds the sums of
+// one token, four lanes those of the only one; in the same order.
+template <int kBand, int kTokens>
+__device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDecodeRing& ring,
+                                     const DecodeSumPlaces& at, uint32_t launch, int j, int lane) {
+  const int r = lane / 4, part = lane % 4, tokens = p.tokens;
+  const bool single = tokens == 1;
+  const int mine = single ? 0 : part;  // first token of this lane
+  uint32_t parities = 0;               // of the bands' barriers
+  static_assert(kBand == 1 || kBand == kDecodeReducers,
+                "a reducer has one row of each band, or of each other");
+#pragma unroll 1
+  for (int i = 0; i < p.count; ++i) {
+    const LinearDecodeProduct& a = p.product[i];
+    const LinearDecodePart& cut = p.config.part[i];
+    const LinearDecodeRows rows(p.config, i);
+#pragma unroll 1
+    for (int phase = 0; phase < cut.phases; ++phase) {
+      const bool last = phase == cut.phases - 1;
+      const int slots = min(kDecodeWarps, cut.phase_begin(phase + 1) - cut.phase_begin(phase));
+      bool norm = a.gain && last;  // still to be made
+#pragma unroll 1
+      for (int row = j; row < (rows.rows + kBand - 1) / kBand * kBand; row += kDecodeReducers) {
+        const int buffer = row / kBand % kDecodeBands;
+        const float* partial =
+            at.partial + (buffer * kBand + row % kBand) * kDecodeWarps * tokens * kQ4TileRows;
+        if (row >= rows.rows) {  // beyond the last row of the last band
+          barrier_wait(ring.band_full(buffer), parities >> buffer & 1);
+          parities ^= 1u << buffer;
+          if (lane == 0) barrier_arrive(ring.band_empty(buffer));
+          break;
+        }
+        DecodeOutput output[kTokens / 4];
+        if (last)
+#pragma unroll
+          for (int t = 0; t < kTokens / 4; ++t)
+            if (mine + 4 * t < tokens && !(single && part))
+              output[t].load(a, rows.row0 + row, r, mine + 4 * t, launch);
+        __syncwarp();
+        barrier_wait(ring.band_full(buffer), parities >> buffer & 1);
+        parities ^= 1u << buffer;
+        if (norm) {
+          norm = false;
+#pragma unroll 1
+          for (int t = 0; t < tokens; ++t) {
+            float square = 0;
+            for (int u = lane; u < cut.units; u += 32) square += at.squares[u * tokens + t];
+            for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
+            if (lane == 0) at.norm[t] = rsqrtf(square * a.inverse_k + a.eps);
+          }
+          __syncwarp();
+        }
+#pragma unroll
+        for (int t = 0; t < kTokens / 4; ++t) {
+          const int token = mine + 4 * t;
+          float low = 0, high = 0;
+          if (single) {
+            for (int s = part; s < slots; s += 4) {
+              low += partial[s * kQ4TileRows + r];
+              high += partial[s * kQ4TileRows + r + 8];
+            }
+#pragma unroll
+            for (int d = 1; d < 4; d *= 2) {
+              low += __shfl_xor_sync(0xffffffffu, low, d);
+              high += __shfl_xor_sync(0xffffffffu, high, d);
+            }
+          } else if (token < tokens) {
+            float lows[4] = {}, highs[4] = {};
+#pragma unroll
+            for (int s = 0; s < kDecodeWarps; ++s)
+              if (s < slots) {
+                lows[s % 4] += partial[(s * tokens + token) * kQ4TileRows + r];
+                highs[s % 4] += partial[(s * tokens + token) * kQ4TileRows + r + 8];
+              }
+            low = (lows[0] + lows[1]) + (lows[2] + lows[3]);
+            high = (highs[0] + highs[1]) + (highs[2] + highs[3]);
+          }
+          if (token >= tokens || (single && part)) continue;
+          float* earlier = at.sums + (row * tokens + token) * kQ4TileRows + r;
+          if (phase > 0) low += earlier[0], high += earlier[8];
+          if (!last) {
+            earlier[0] = low, earlier[8] = high;
+            continue;
+          }
+          const float scale = a.gain ? at.norm[token] : 1.0f;
+          output[t].finish(a, rows.row0 + row, r, token, low * scale, high * scale, launch);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(ring.band_empty(buffer));
+      }
+    }
+    if (i + 2 == p.count) pdl_trigger();
+  }
+}
 
 }  // namespace q4s

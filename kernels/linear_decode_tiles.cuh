@@ -1,36 +1,35 @@
 // The formats of linear_decode: what a lane holds of a unit of a tile row, and its product with x. Device
 // code.
 //
-// int4 and int8 codes meet x as
-// integers: x = inverse * X with X = 256 I + R, I and R in a byte each, so that X has 15 bits and a sign
-// below the largest x of a unit, and the sums of a unit are exact. The grid's offset becomes a bias, made of
-// the sum of X where x is staged. fp16 weights meet x as fp16.
+// int4 and int8 codes meet x as integers: x = inverse * X with X = 256 I + R, I and R in a signed byte each,
+// so that X has 15 bits and a sign below the largest x of a unit, and the sums of a group are exact. I and R
+// of four tokens are the eight columns of one B operand. The grid's offset becomes a bias, made of the sum of
+// X where x is staged. fp16 weights meet x as fp16, eight tokens to an operand.
 #pragma once
 #include "kernels/linear_decode_stage.cuh"
 
 namespace q4s {
 
-// kLoads: of 16 bytes, that a lane makes of a unit of one tile row.
-// A value is scale * (kFactor * code - kOffset) / kFactor. kWords: order of x in a word of four columns (of
-// 16), as selector of __byte_perm(columns 0..3 from 2t, columns 8..11 from 2t) for lane t = 0; for t + 1
-// twice as far.
-template <Grid kGrid>
+// kLoads: of 16 bytes, that a lane makes of a unit; kBand: tile rows at a time; kBelow: what the codes of a
+// tile's rows 8.. are multiplied with in the fragments. kWords: order of x in a word of four columns (of 16),
+// as selector of
+// __byte_perm(columns 0..3 from 2t, columns 8..11 from 2t) for lane t = 0; for t + 1 twice as far.
+template <int kRows>
 struct Int4Tile {
   static constexpr bool kInteger = true, kSigned = false;
-  static constexpr int kBits = 4, kLoads = 2;
-  static constexpr int kFactor = kGrid == Grid::kInt ? 1 : 2, kOffset = kGrid == Grid::kInt ? 8 : 15;
+  static constexpr int kBits = 4, kLoads = 2, kBand = kRows;
+  static constexpr int kBelow = 16;  // codes of the lower eight rows stay where they are in their byte
   static constexpr uint32_t kWord = 0x5140, kNextWord = 0x7362;
   // A fragment of columns 32 step .. of the unit, v: the load that has it, step * kLoads / 4.
   __device__ static void fragment(uint32_t (&a)[4], const uint4& v, int step) {
     const uint32_t w = step % 2 ? v.z : v.x, next = step % 2 ? v.w : v.y;
-    a[0] = w & 0x0f0f0f0f, a[1] = w >> 4 & 0x0f0f0f0f, a[2] = next & 0x0f0f0f0f,
-    a[3] = next >> 4 & 0x0f0f0f0f;
+    a[0] = w & 0x0f0f0f0f, a[1] = w & 0xf0f0f0f0, a[2] = next & 0x0f0f0f0f, a[3] = next & 0xf0f0f0f0;
   }
 };
 
 struct Int8Tile {
   static constexpr bool kInteger = true, kSigned = true;
-  static constexpr int kBits = 8, kLoads = 4, kFactor = 1, kOffset = 0;
+  static constexpr int kBits = 8, kLoads = 4, kBand = 1, kBelow = 1;
   static constexpr uint32_t kWord = 0x5410, kNextWord = 0x7632;
   __device__ static void fragment(uint32_t (&a)[4], const uint4& v, int) {
     a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
@@ -39,98 +38,162 @@ struct Int8Tile {
 
 struct HalfTile {
   static constexpr bool kInteger = false;
-  static constexpr int kBits = 16, kLoads = 8, kFactor = 1, kOffset = 0;
+  static constexpr int kBits = 16, kLoads = 8, kBand = 1, kBelow = 1;
 };
 
-// One unit of x as a lane needs it for all rows: B fragments of its column (token lane / 4 of each 8), and of
-// the tokens of its results, 2t and 2t + 1 for t = lane % 4, the scale and the biases. kTokens: 1, up to 8 or
-// up to 16.
+// The sums that a lane holds for the tile rows of a band, and how a unit is added to them. Integer formats:
+// rows g and g + 8 (g = lane / 4) of token 4b + t (t = lane % 4). fp16: those of tokens 8b + 2t and 8b + 2t
+// + 1.
 template <class Tile, int kScales, int kTokens>
-struct UnitX {
-  static constexpr int kBlocks = (kTokens + 7) / 8,
-                       kStep = kTokens == 1 ? 2 : 1;  // kStep: of results looked at
-  static constexpr int kFragments = 2 * kUnitTiles;
-  uint4 fragment[kBlocks][kFragments];  // of each tile: integer formats I, R; fp16 the two halves
-  int32_t bias[kBlocks][kScales ? kScales : 1][2];
-  float scale[kBlocks][2];
+class DecodeSums {
+ public:
+  static constexpr int kBlockTokens = Tile::kInteger ? 4 : 8;
+  static constexpr int kBlocks = (kTokens + kBlockTokens - 1) / kBlockTokens;
+  static constexpr int kMeta = linear_decode_meta(kScales);
 
-  // x: the unit, `stride` bytes a token. bias: (kScales, 8 kBlocks). x_scale: (8 kBlocks).
-  __device__ void load(const uint8_t* x, int stride, int tokens, const int32_t* biases, const float* x_scale,
-                       int lane) {
+  // x, meta: as staged.
+  __device__ DecodeSums(const LinearDecodeProduct& a, const uint8_t* x, int stride, const uint32_t* meta,
+                        int tokens, int lane)
+      : meta_(meta), factor_(uint32_t(a.factor)), tokens_(tokens) {
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const uint8_t* from = x + min(lane / 4 + 8 * b, tokens - 1) * stride + lane % 4 * 16;
+      const int token = min(kBlockTokens * b + (Tile::kInteger ? g / 2 : g), tokens - 1);
+      x_[b] = x + token * stride + t * 16 + (Tile::kInteger ? g % 2 * 64 : 0);
 #pragma unroll
-      for (int i = 0; i < kFragments; ++i) fragment[b][i] = *reinterpret_cast<const uint4*>(from + i * 64);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int token = lane % 4 * 2 + j + 8 * b;
-        scale[b][j] = x_scale[token];
-#pragma unroll
-        for (int s = 0; s < kScales; ++s) bias[b][s][j] = Tile::kOffset ? biases[s * 8 * kBlocks + token] : 0;
-      }
+      for (int i = 0; i < kOwn; ++i)
+        token_[b][i] = min(kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i), tokens - 1);
     }
+    clear();
   }
-
-  // sum: rows lane / 4 and that + 8, two tokens each, of unit * x. scales: of the unit's first group, for row
-  // lane / 4; groups: from there to the end of the row (a group beyond has x = 0). unit: this lane's loads,
-  // 512 bytes apart. whole: it has both tiles (x is 0 where the other would be, but halves that were never
-  // written need not be numbers).
-  __device__ void multiply(float (&sum)[kBlocks][4], const uint8_t* unit, const uint16_t* scales, int groups,
-                           bool whole) const {
-    if constexpr (!Tile::kInteger) {
+  __device__ void clear() {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) sum[b][0] = sum[b][1] = sum[b][2] = sum[b][3] = 0;
-#pragma unroll
-      for (int step = 0; step < 8; ++step) {
-        if (step >= 4 && !whole) break;
-        const uint4 w = *reinterpret_cast<const uint4*>(unit + step * 512);
-        const uint32_t a[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          const uint4& v = fragment[b][step / 2];
-          mma_16816(sum[b], a, step % 2 ? v.z : v.x, step % 2 ? v.w : v.y);
-        }
-      }
+    for (int r = 0; r < Tile::kBand; ++r)
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-        for (int j = 0; j < 4; j += kStep) sum[b][j] *= scale[b][j % 2];
-    } else {
-      constexpr int kSteps = kUnitColumns / 32, kGroup = kSteps / kScales;
-      int32_t high[kBlocks][4], low[kBlocks][4];
-      uint4 v;
+        for (int i = 0; i < 2 * kOwn; ++i) sum_[r][b][i] = 0;
+  }
+
+  // What a lane reads of a stage for its warp's unit.
+  struct Codes {
+    uint4 v[Tile::kLoads];
+    uint16_t above[kScales ? kScales : 1], below[kScales ? kScales : 1];
+  };
+  // groups: of the unit that exist.
+  __device__ static Codes read(const uint8_t* codes, const uint16_t* scales, int groups, int lane) {
+    Codes c;
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        if (step * Tile::kLoads % 4 == 0)
-          v = *reinterpret_cast<const uint4*>(unit + step * Tile::kLoads / 4 * 512);
-        uint32_t a[4];
-        Tile::fragment(a, v, step);
+    for (int i = 0; i < Tile::kLoads; ++i)
+      c.v[i] = *reinterpret_cast<const uint4*>(codes + i * 512 + lane * 16);
+#pragma unroll
+    for (int s = 0; s < kScales; ++s) {
+      const uint16_t* at = scales + (s == 0 ? 0 : min(s, groups - 1) * kQ4TileRows) + lane / 4;
+      c.above[s] = at[0], c.below[s] = at[8];
+    }
+    return c;
+  }
+
+  // c: of each row of the band; unit: of those staged; whole: it has both tiles (x is 0 where the other would
+  // be, but halves that were never written need not be numbers).
+  __device__ void add(const Codes (&c)[Tile::kBand], int unit, bool whole) {
+    if constexpr (Tile::kInteger)
+      add_integer(c, unit);
+    else
+      add_half(c, unit, whole);
+  }
+
+  // Row r of the band. to: (T, 16).
+  __device__ void store(int r, float* to, int lane) const {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int token = kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i);
+        if (token >= tokens_) continue;
+        to[token * kQ4TileRows + g] = sum_[r][b][i];
+        to[token * kQ4TileRows + g + 8] = sum_[r][b][kOwn + i];
+      }
+  }
+
+ private:
+  static constexpr int kOwn = Tile::kInteger ? 1 : 2;  // tokens of a block
+
+  __device__ void add_integer(const Codes (&c)[Tile::kBand], int unit) {
+    constexpr int kSteps = kUnitColumns / 32, kGroup = kSteps / (kScales ? kScales : 1);
+    uint4 x[kBlocks];
+    uint32_t product[Tile::kBand][kBlocks][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        if (step % 2 == 0)
+          x[b] = *reinterpret_cast<const uint4*>(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 128);
+#pragma unroll
+      for (int r = 0; r < Tile::kBand; ++r) {
+        uint32_t fragment[4];
+        Tile::fragment(fragment, c[r].v[step * Tile::kLoads / 4], step);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          if (step % kGroup == 0)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) high[b][j] = low[b][j] = 0;
-          const uint4 &i = fragment[b][step / 2 * 2], &r = fragment[b][step / 2 * 2 + 1];
-          mma_16832<Tile::kSigned, true>(high[b], a, step % 2 ? i.z : i.x, step % 2 ? i.w : i.y);
-          mma_16832<Tile::kSigned, false>(low[b], a, step % 2 ? r.z : r.x, step % 2 ? r.w : r.y);
+          uint32_t(&sum)[4] = product[r][b];
+          if (step % kGroup == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0;
+          mma_16832<Tile::kSigned, true>(sum, fragment, step % 2 ? x[b].z : x[b].x,
+                                         step % 2 ? x[b].w : x[b].y);
         }
-        if (step % kGroup != kGroup - 1) continue;
-        const int group = step / kGroup;
-        const uint16_t* at = scales + (group == 0 ? 0 : min(group, groups - 1) * kQ4TileRows);
-        const float above = half_bits_to_float(at[0]), below = half_bits_to_float(at[8]);
+      }
+      if (step % kGroup != kGroup - 1) continue;
+      const int s = step / kGroup;
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
+      for (int b = 0; b < kBlocks; ++b) {
+        const uint32_t* about = meta_ + (unit * tokens_ + token_[b][0]) * kMeta;
+        // Overflow on the way is harmless: the value has none.
+        const uint32_t bias = Tile::kBits == 4 ? about[s] : 0, f = factor_;
+        const float scale = __uint_as_float(about[kMeta - 1]);
 #pragma unroll
-          for (int j = 0; j < 4; j += kStep) {
-            const float value = __int2float_rn(high[b][j] * (Tile::kFactor * 256) +
-                                               (low[b][j] * Tile::kFactor + bias[b][group][j % 2]));
-            const float product = (j < 2 ? above : below) * scale[b][j % 2] * value;
-            sum[b][j] = group == 0 ? product : sum[b][j] + product;
-          }
+        for (int r = 0; r < Tile::kBand; ++r) {
+          const uint32_t(&sum)[4] = product[r][b];
+          const uint32_t high = sum[0] * (256 * f) + (sum[1] * f + bias);
+          const uint32_t low = sum[2] * (256 * f) + (sum[3] * f + bias * Tile::kBelow);
+          sum_[r][b][0] += half_bits_to_float(c[r].above[s]) * scale * __int2float_rn(int32_t(high));
+          sum_[r][b][1] += half_bits_to_float(c[r].below[s]) * (scale * (1.0f / Tile::kBelow)) *
+                           __int2float_rn(int32_t(low));
+        }
       }
     }
   }
+
+  __device__ void add_half(const Codes (&c)[Tile::kBand], int unit, bool whole) {
+    static_assert(Tile::kBits == 4 || Tile::kBand == 1);
+    float product[kBlocks][4];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) product[b][0] = product[b][1] = product[b][2] = product[b][3] = 0;
+#pragma unroll
+    for (int step = 0; step < 8; ++step) {
+      if (step >= 4 && !whole) break;
+      const uint32_t fragment[4] = {c[0].v[step].x, c[0].v[step].y, c[0].v[step].z, c[0].v[step].w};
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const uint2 x =
+            *reinterpret_cast<const uint2*>(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 64 + step % 2 * 8);
+        mma_16816(product[b], fragment, x.x, x.y);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const float scale = __uint_as_float(meta_[(unit * tokens_ + token_[b][i]) * kMeta + kMeta - 1]);
+        sum_[0][b][i] += product[b][i] * scale;
+        sum_[0][b][kOwn + i] += product[b][2 + i] * scale;
+      }
+  }
+
+  const uint8_t* x_[kBlocks];
+  const uint32_t* meta_;
+  uint32_t factor_;
+  int tokens_, token_[kBlocks][kOwn];
+  float sum_[Tile::kBand][kBlocks][2 * kOwn];
 };
 
 }  // namespace q4s

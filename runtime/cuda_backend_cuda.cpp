@@ -141,9 +141,13 @@ class CudaBackend final : public Backend {
       return;
     }
     for (const auto& n : g.nodes()) {
-      if (observer && *observer) (*observer)(*n);
+      if (observer && *observer) {
+        guarded("products", [&] { run_chain_cuda(step); });
+        (*observer)(*n);
+      }
       launch(*n, step);
     }
+    guarded("products", [&] { run_chain_cuda(step); });
   }
 
   void score(const ScoreLogitsArgs& a) override {
@@ -222,7 +226,8 @@ class CudaBackend final : public Backend {
   }
 
   CudaStep step_of(Counts counts, const KvCache& kv, std::byte* scratch) {
-    return {counts, kv, scratch, stream_.get(), dense_, device_.multiProcessorCount, device_.major == 9};
+    return {counts, kv, scratch, stream_.get(), dense_, device_.multiProcessorCount, device_.major == 9,
+            chain_};
   }
   size_t node_scratch(const Graph& g) const { return node_scratch_cuda(g, device_.multiProcessorCount); }
 
@@ -243,6 +248,7 @@ class CudaBackend final : public Backend {
     cuda_check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeRelaxed), "capture");
     try {
       for (const auto& n : g.nodes()) launch(*n, step);
+      run_chain_cuda(step);
       if (draw) sample_cuda(*draw, stream_.get());
     } catch (...) {
       (void)cudaStreamEndCapture(stream_.get(), &graph);
@@ -328,6 +334,7 @@ class CudaBackend final : public Backend {
   Stream stream_;
   CudaLoader loader_;
   DenseCuda dense_;
+  std::vector<LinearDecodeArgs> chain_;  // of the step being launched
   std::map<StepKey, Captured> steps_;
   Pinned<int32_t> ring_;  // (kAhead, ring_rows_) tokens drawn
   int64_t ring_rows_ = 0;

@@ -19,10 +19,12 @@ size_t aligned(int64_t bytes) { return size_t(round_up(bytes, int64_t(kArenaAlig
 
 // Of split products: at most one part of the largest tile for each multiprocessor, and the counters. Of split
 // attention.
-size_t workspace_bytes(int multiprocessors) {
+size_t split_bytes(int multiprocessors) {
   return std::max(4096 + size_t(multiprocessors) * 128 * 256 * sizeof(float),
-                  attention_decode_scratch_bytes(multiprocessors));
+                  size_t(aligned(int64_t(attention_decode_scratch_bytes(multiprocessors)))));
 }
+// Behind them what chains exchange.
+size_t workspace_bytes(int multiprocessors) { return split_bytes(multiprocessors) + kLinearDecodeExchange; }
 
 // Whether the rows of w are packed as a kernel with this epilogue needs them.
 bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
@@ -121,7 +123,7 @@ bool stored_half(const Tensor& t, const CudaStep& s) {
          (decode_attention(t.head, s.counts) && kv.type == KvType::kF16 && t.head.head_dim % 8 == 0);
 }
 
-// A linear with this epilogue in one kernel for few tokens, its largest number at a time; false where it
+// A linear with this epilogue for few tokens, its largest number at a time, joins the chain; false where it
 // cannot.
 bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
   const DeviceMatrix& w = on_device(*t.weight);
@@ -144,7 +146,10 @@ bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float
       a.heads = t.head.heads;
       a.kv_heads = t.head.kv_heads;
     }
-    linear_decode_cuda(a, s.stream, true);
+    std::vector<LinearDecodeArgs>& chain = s.chain;
+    if (!chain.empty() && (chain.size() == kLinearDecodeChain || !linear_decode_follows(a, chain.back())))
+      run_chain_cuda(s);
+    chain.push_back(a);
   }
   return true;
 }
@@ -154,8 +159,9 @@ bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, floa
   const DeviceMatrix& w = on_device(*t.weight);
   const int64_t rows = s.counts.of(t.rows);
   if (!many(w, epilogue, rows)) return false;
+  run_chain_cuda(s);
   const Q4GemmConfig config = q4_gemm_config({rows, w.tiles.layout, s.multiprocessors, s.hopper});
-  if (config.workspace_bytes > workspace_bytes(s.multiprocessors))
+  if (config.workspace_bytes > split_bytes(s.multiprocessors))
     throw std::logic_error("workspace of a product: " + config.print());
   const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
   uint16_t* x = reinterpret_cast<uint16_t*>(s.scratch + at.rest);
@@ -199,6 +205,7 @@ void run_linear(Tensor& t, const CudaStep& s) {
   if (linear_few(t, t.epilogue, residual, t.f32(), s) || linear_many(t, t.epilogue, residual, t.f32(), s))
     return;
 
+  run_chain_cuda(s);
   const DeviceMatrix& w = on_device(*t.weight);
   const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
   float* norm = reinterpret_cast<float*>(s.scratch + at.norm);
@@ -215,6 +222,7 @@ void run_linear(Tensor& t, const CudaStep& s) {
       s.dense.linear(t.gain ? norm : x, w, residual, product, rows, s.scratch + at.rest);
     }
   }
+  run_chain_cuda(s);
   if (t.epilogue == Epilogue::kSwiglu && stored_half(t, s))
     swiglu_f16_cuda({product, nullptr, rows, t.cols}, t.data, s.stream);
   else if (t.epilogue == Epilogue::kSwiglu)
@@ -275,6 +283,16 @@ size_t node_scratch_cuda(const Graph& g, int multiprocessors) {
   return aligned(int64_t(most));
 }
 
-void run_node_cuda(Tensor& t, const CudaStep& s) { kTable[int(t.op)](t, s); }
+void run_node_cuda(Tensor& t, const CudaStep& s) {
+  if (t.op != Op::kLinear && t.op != Op::kInput) run_chain_cuda(s);
+  kTable[int(t.op)](t, s);
+}
+
+void run_chain_cuda(const CudaStep& s) {
+  if (s.chain.empty()) return;
+  linear_decode_cuda(s.chain.data(), s.chain.size(), s.scratch + split_bytes(s.multiprocessors), s.stream,
+                     true);
+  s.chain.clear();
+}
 
 }  // namespace q4s

@@ -1,7 +1,10 @@
 // The operations of a graph as launches on a stream: what the CUDA backend runs, eagerly or while it captures
 // a step.
 #pragma once
+#include <vector>
+
 #include "kernels/dense_cuda.h"
+#include "kernels/linear_decode.h"
 #include "runtime/backend.h"
 
 namespace q4s {
@@ -14,12 +17,15 @@ struct CudaStep {
   DenseCuda& dense;
   int multiprocessors;
   bool hopper;
-  bool observed = false;  // someone reads results between nodes: they are all f32
+  std::vector<LinearDecodeArgs>& chain;  // products of few tokens that wait for each other to be one launch
+  bool observed = false;                 // someone reads results between nodes: they are all f32
 };
 
 // Bytes of scratch that any node of g needs.
 size_t node_scratch_cuda(const Graph& g, int multiprocessors);
-// Enqueues one node. Throws CudaError, std::runtime_error.
+// Enqueues one node, but a product of few tokens only with the chain: that of the next node that is none, or
+// run_chain_cuda(). Throws CudaError, std::runtime_error.
 void run_node_cuda(Tensor&, const CudaStep&);
+void run_chain_cuda(const CudaStep&);
 
 }  // namespace q4s

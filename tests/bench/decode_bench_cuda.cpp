@@ -37,24 +37,24 @@ struct Linear {
   Epilogue epilogue;
 };
 
-// The four products of a layer with random weights, and what they read and write.
+// The four products between two attentions with random weights, and what they read and write.
 class Layers {
  public:
   Layers(const Shape& s, int64_t group, Grid grid) : shape_(s) {
     const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
-    linears = {{"qkv",
+    linears = {{"o", {.n = s.hidden, .k = q, .group = group}, Epilogue::kNone},
+               {"gate_up",
+                {.n = 2 * s.ffn, .k = s.hidden, .group = group, .map = RowMap::kPairHalves},
+                Epilogue::kSwiglu},
+               {"down", {.n = s.hidden, .k = s.ffn, .group = group}, Epilogue::kNone},
+               {"qkv",
                 {.n = q + 2 * kv,
                  .k = s.hidden,
                  .group = group,
                  .map = RowMap::kRope,
                  .head_dim = s.head_dim,
                  .rotated = q + kv},
-                Epilogue::kRopeKv},
-               {"o", {.n = s.hidden, .k = q, .group = group}, Epilogue::kNone},
-               {"gate_up",
-                {.n = 2 * s.ffn, .k = s.hidden, .group = group, .map = RowMap::kPairHalves},
-                Epilogue::kSwiglu},
-               {"down", {.n = s.hidden, .k = s.ffn, .group = group}, Epilogue::kNone}};
+                Epilogue::kRopeKv}};
     std::mt19937_64 rng(1);
     for (int layer = 0; layer < kLayers; ++layer)
       for (const Linear& l : linears) {
@@ -72,28 +72,42 @@ class Layers {
     std::normal_distribution<float> normal;
     std::vector<float> values(size_t(kMostTokens * std::max(s.ffn, std::max(s.hidden, q))));
     for (float& v : values) v = normal(rng);
-    for (DeviceBuffer<float>* b : {&x_, &hidden_, &gain_, &table_}) *b = DeviceBuffer<float>(values);
+    for (DeviceBuffer<float>* b : {&x_, &q_, &hidden_, &gain_, &table_}) *b = DeviceBuffer<float>(values);
     position_ = DeviceBuffer<int32_t>(std::vector<int32_t>(kMostTokens, 0));
+    exchange_ = DeviceBuffer<uint8_t>(std::vector<uint8_t>(kLinearDecodeExchange));
     keys_ = DeviceBuffer<uint16_t>(size_t(kContext * kv));
     values_ = DeviceBuffer<uint16_t>(size_t(kContext * kv));
   }
 
-  void launch(int layer, size_t i, int64_t tokens, cudaStream_t stream) const {
-    const bool norm = i == 0 || i == 2;
-    LinearDecodeArgs a{.x = norm ? x_.data() : hidden_.data(),
+  // Products [first, last) of a layer, as one chain.
+  void launch(int layer, size_t first, size_t last, int64_t tokens, cudaStream_t stream) const {
+    std::vector<LinearDecodeArgs> chain;
+    for (size_t i = first; i < last; ++i) chain.push_back(product(layer, i, tokens));
+    std::byte* exchange = reinterpret_cast<std::byte*>(exchange_.data());
+    if (tokens <= kLinearDecodeChainTokens)
+      linear_decode_cuda(chain.data(), chain.size(), exchange, stream, true);
+    else
+      for (const LinearDecodeArgs& a : chain) linear_decode_cuda(&a, 1, exchange, stream, true);
+  }
+  LinearDecodeArgs product(int layer, size_t i, int64_t tokens) const {
+    LinearDecodeArgs a{.x = i == 0   ? q_.data()
+                            : i == 2 ? hidden_.data()
+                                     : x_.data(),
                        .w = weights_[size_t(layer) * linears.size() + i],
                        .epilogue = linears[i].epilogue,
-                       .y = norm ? hidden_.data() : x_.data(),
+                       .y = i == 1   ? hidden_.data()
+                            : i == 3 ? q_.data()
+                                     : x_.data(),
                        .tokens = tokens};
-    if (norm) a.gain = gain_.data(), a.eps = 1e-5f;
-    if (!norm) a.residual = x_.data();
-    if (i == 0) {
+    if (i % 2 == 1) a.gain = gain_.data(), a.eps = 1e-5f;
+    if (i % 2 == 0) a.residual = x_.data();
+    if (i == 3) {
       a.table = table_.data();
       a.at = {position_.data(), position_.data()};
       a.kv = {keys_.data(), values_.data(), KvType::kF16, kContext};
       a.heads = shape_.heads, a.kv_heads = shape_.kv_heads;
     }
-    linear_decode_cuda(a, stream, true);
+    return a;
   }
 
   std::vector<Linear> linears;
@@ -103,8 +117,9 @@ class Layers {
   std::vector<DeviceBuffer<uint8_t>> codes_;
   std::vector<DeviceBuffer<uint16_t>> scales_;
   std::vector<TiledWeight> weights_;
-  DeviceBuffer<float> x_, hidden_, gain_, table_;
+  DeviceBuffer<float> x_, q_, hidden_, gain_, table_;
   DeviceBuffer<int32_t> position_;
+  DeviceBuffer<uint8_t> exchange_;
   DeviceBuffer<uint16_t> keys_, values_;
 };
 
@@ -126,7 +141,7 @@ void bench(const Shape& s, int64_t group, Grid grid, bool each, double speed, Ti
     const double us = timer.microseconds(
         [&](cudaStream_t stream) {
           for (int layer = 0; layer < kLayers; ++layer)
-            for (size_t i = 0; i < layers.linears.size(); ++i) layers.launch(layer, i, tokens, stream);
+            layers.launch(layer, 0, layers.linears.size(), tokens, stream);
         },
         kRepeats);
     report(("a layer, " + std::to_string(tokens) + " tokens").c_str(), us / kLayers, bytes, speed);
@@ -135,7 +150,7 @@ void bench(const Shape& s, int64_t group, Grid grid, bool each, double speed, Ti
     const double us = timer.microseconds(
         [&](cudaStream_t stream) {
           for (int r = 0; r < 4; ++r)
-            for (int layer = 0; layer < kLayers; ++layer) layers.launch(layer, i, 1, stream);
+            for (int layer = 0; layer < kLayers; ++layer) layers.launch(layer, i, i + 1, 1, stream);
         },
         kRepeats);
     report(layers.linears[i].name, us / (4 * kLayers), bytes_of(layers.linears[i]), speed);

@@ -68,8 +68,14 @@ class Step {
 
   enum Part : unsigned { kEnds = 1, kLinears = 2, kAttention = 4, kHead = 8, kDraw = 16, kAll = 31 };
   void run(unsigned parts, cudaStream_t stream) {
-    const CudaStep step{
-        {rows_, rows_, depth_ + 1, true}, kv_, scratch_.data(), stream, dense_, multiprocessors_, hopper_};
+    const CudaStep step{{rows_, rows_, depth_ + 1, true},
+                        kv_,
+                        scratch_.data(),
+                        stream,
+                        dense_,
+                        multiprocessors_,
+                        hopper_,
+                        chain_};
     for (const auto& n : graph_.nodes()) {
       const unsigned part = n->op == Op::kAttention ? kAttention
                             : n.get() == logits_    ? kHead
@@ -77,6 +83,7 @@ class Step {
                                                     : kEnds;
       if (parts & part) run_node_cuda(*n, step);
     }
+    run_chain_cuda(step);
     if (parts & kDraw)
       sample_cuda({logits_->f32(), rows_, vocab_, state_.data(), row_.data(), token_.data(), position_.data(),
                    drawn_.data(), 8, draw_scratch_.data(), false},
@@ -93,6 +100,7 @@ class Step {
   DeviceBuffer<std::byte> arena_, scratch_, cache_, draw_scratch_;
   KvCache kv_;
   DenseCuda dense_;
+  std::vector<LinearDecodeArgs> chain_;
   int multiprocessors_ = 0;
   bool hopper_ = false;
   DeviceBuffer<SampleState> state_;

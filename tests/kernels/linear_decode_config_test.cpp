@@ -1,60 +1,65 @@
 // Every cut covers every row and column once, fits shared memory and leaves nothing misaligned, over real and
-// odd shapes.
+// odd shapes, alone and in chains.
 #include "kernels/linear_decode_config.h"
 
 #include <doctest/doctest.h>
+
+#include <vector>
 
 using namespace q4s;
 
 namespace {
 
-constexpr int kShared = 227 * 1024;
+constexpr int kShared = 195 * 1024;
 
-void check(const Q4Layout& l, int tokens, bool norm, int multiprocessors) {
-  CAPTURE(l.n);
-  CAPTURE(l.k);
-  CAPTURE(l.group);
-  CAPTURE(l.bits);
+void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multiprocessors) {
+  CAPTURE(shapes[0].layout.n);
+  CAPTURE(shapes[0].layout.k);
+  CAPTURE(shapes[0].layout.group);
+  CAPTURE(shapes[0].layout.bits);
+  CAPTURE(shapes.size());
   CAPTURE(tokens);
-  const LinearDecodeConfig c = linear_decode_config(l, tokens, norm, multiprocessors, kShared);
+  const LinearDecodeConfig c =
+      linear_decode_config(shapes.data(), shapes.size(), tokens, multiprocessors, kShared);
   REQUIRE(c.tokens >= 1);
   REQUIRE(c.tokens <= tokens);
-  if (multiprocessors == 1 && c.shared > kShared) return;  // all rows of a wide weight in one block: refused
+  if (multiprocessors == 1 && c.shared > kShared) return;  // sums of all rows of a tall weight in one block
   REQUIRE(c.shared <= kShared);
-  // Rows of the blocks.
-  REQUIRE(c.blocks >= 1);
-  REQUIRE(c.blocks <= multiprocessors);
-  REQUIRE(int64_t(c.blocks) * c.rows + c.more_rows == l.n_tiles());
-  REQUIRE(c.more_rows < c.blocks);
-  // Units of the phases and slices.
-  REQUIRE(c.slices <= kDecodeWarps);
-  REQUIRE(c.slices <= c.units);
-  REQUIRE(int64_t(c.phases) * c.units + c.more_units == (l.k_tiles() + 1) / 2);
-  REQUIRE(c.more_units < c.phases);
-  REQUIRE(c.slice_units == (c.units + (c.more_units > 0) + c.slices - 1) / c.slices);
-  if (c.slices < kDecodeWarps) REQUIRE(c.slices == c.units);
-  if (c.phases > 1) REQUIRE(c.round == c.rows + (c.more_rows > 0));
-  REQUIRE(c.round >= 1);
-  // Places: in order, 16-aligned where 16 bytes are copied or read at once, 8-aligned where 8 are.
-  const int64_t x = kDecodeWarps * c.tokens * (c.slice_units * 256 + 64);
-  REQUIRE(c.x == kDecodeWarps * kDecodeRing);
-  REQUIRE(c.bias == c.x + x);
-  for (int at : {c.x, c.bias, c.gain, c.scales}) REQUIRE(at % 16 == 0);
-  for (int at : {c.x_scale, c.barriers}) REQUIRE(at % 8 == 0);
-  for (auto [first, second] : {std::pair{c.bias, c.x_scale},
-                               {c.x_scale, c.scales},
-                               {c.gain, c.squares},
-                               {c.scales, c.partial},
-                               {c.partial, c.squares},
-                               {c.squares, c.early},
-                               {c.early, c.barriers},
-                               {c.barriers, c.shared}})
-    REQUIRE(first <= second);
-  REQUIRE(c.partial - c.scales >= c.round * l.groups() * 32);
-  const int64_t sums = int64_t(c.round) * c.slices * 16 * c.tokens * 4;
-  REQUIRE(c.squares - c.partial >= sums);
-  if (norm) REQUIRE(c.squares - c.gain >= kDecodeWarps * c.slice_units * 128 * 4);
-  if (norm && c.phases > 1) REQUIRE(c.gain - c.partial >= sums);
+  REQUIRE(c.blocks == multiprocessors);
+  REQUIRE(c.stages >= 2);
+  REQUIRE(c.stages <= kDecodeStages);
+  int most_units = 0;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const Q4Layout& l = shapes[i].layout;
+    const LinearDecodePart& part = c.part[i];
+    REQUIRE(int64_t(c.blocks) * part.rows + part.more_rows == l.n_tiles());
+    REQUIRE(part.more_rows < c.blocks);
+    REQUIRE(part.units == (l.k_tiles() + 1) / 2);
+    REQUIRE(part.phase_begin(0) == 0);
+    REQUIRE(part.phase_begin(part.phases) == part.units);
+    for (int p = 0; p < part.phases; ++p) {
+      REQUIRE(part.phase_begin(p + 1) > part.phase_begin(p));
+      REQUIRE(part.phase_begin(p + 1) - part.phase_begin(p) <= part.phase_units);
+    }
+    most_units = std::max(most_units, part.phase_units);
+    // Places hold what they are for.
+    REQUIRE(c.squares - c.meta >=
+            part.phase_units * c.tokens * linear_decode_meta(linear_decode_unit_groups(l)) * 4);
+    if (shapes[i].norm) REQUIRE(c.partial - c.squares >= part.units * c.tokens * 4);
+    if (part.phases > 1) REQUIRE(c.norm - c.sums >= (part.rows + (part.more_rows > 0)) * c.tokens * 64);
+    REQUIRE(c.stage_scales == linear_decode_band(l.bits, c.tokens) * kDecodeWarps * 2 * 512 * l.bits / 4);
+    REQUIRE(c.stage_bytes - c.stage_scales >=
+            linear_decode_band(l.bits, c.tokens) * kDecodeWarps * linear_decode_unit_groups(l) * 32);
+  }
+  REQUIRE(c.stride == most_units * 256 + 64);
+  REQUIRE(c.x == c.stages * c.stage_bytes);
+  REQUIRE(c.meta == c.x + c.tokens * c.stride);
+  REQUIRE(c.sums - c.partial >=
+          kDecodeBands * linear_decode_band(shapes[0].layout.bits, c.tokens) * kDecodeWarps * c.tokens * 64);
+  REQUIRE(c.barriers - c.norm >= kDecodeReducers * c.tokens * 4);
+  for (int at : {c.x, c.meta, c.stage_bytes, c.stage_scales}) REQUIRE(at % 16 == 0);
+  REQUIRE(c.barriers % 8 == 0);
+  REQUIRE(c.shared - c.barriers >= 2 * (kDecodeStages + kDecodeBands) * 8);
 }
 
 }  // namespace
@@ -67,10 +72,22 @@ TEST_CASE("linear_decode_config: odd and real shapes") {
           for (int tokens : {1, 3, 8, 16})
             for (bool norm : {false, k <= 8192})  // as wide as a residual stream
               for (int multiprocessors : {1, 132})
-                check({.n = n, .k = k, .group = group, .bits = bits}, tokens, norm, multiprocessors);
+                check({{{.n = n, .k = k, .group = group, .bits = bits}, norm}}, tokens, multiprocessors);
+}
+
+TEST_CASE("linear_decode_config: chains of a layer's products") {
+  for (auto [hidden, ffn] : {std::pair<int64_t, int64_t>{64, 172}, {576, 1536}, {4096, 11008}, {8192, 28672}})
+    for (int tokens : {1, 2, 8, 16})
+      check({{{.n = hidden, .k = hidden, .group = 128}, false},
+             {{.n = 2 * ffn, .k = hidden, .group = 32}, true},
+             {{.n = hidden, .k = ffn, .group = 64}, false},
+             {{.n = 3 * hidden, .k = hidden, .group = 128}, true}},
+            tokens, 132);
 }
 
 TEST_CASE("linear_decode_config: eight tokens read the weights of every model once") {
-  for (int64_t k : {4096, 5120, 8192, 11008, 13824, 14336, 28672})
-    CHECK(linear_decode_config({.n = 8192, .k = k, .group = 128}, 8, false, 132, kShared).tokens == 8);
+  for (int64_t k : {4096, 5120, 8192, 11008, 13824, 14336, 28672}) {
+    const LinearDecodeShape shape{{.n = 8192, .k = k, .group = 128}};
+    CHECK(linear_decode_config(&shape, 1, 8, 132, kShared).tokens == 8);
+  }
 }

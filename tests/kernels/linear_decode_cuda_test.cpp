@@ -1,6 +1,7 @@
 // The decode products on the device against the definitions of the CPU: every format, grid and group, odd
 // shapes, each prologue and epilogue, 1 to 16 tokens; buffers guarded, results the same bits when run again.
 #include <cmath>
+#include <memory>
 
 #include "kernels/half.h"
 #include "kernels/linear.h"
@@ -75,7 +76,7 @@ struct Weights {
 };
 
 // fp16 weights: every x is rounded to fp16, |error| <= 2^-11 sum |w x|. Integer codes: every x is rounded to
-// a step of 1 / 32767 of the largest, |error| <= sum |w| * largest / 2 / 32767. Beside that f32 sums of far
+// a step of 1 / 32639 of the largest, |error| <= sum |w| * largest / 2 / 32639. Beside that f32 sums of far
 // smaller error and, with a norm, the factor's few ulps on each.
 void check(const Case& c) {
   const Q4Layout& l = c.layout;
@@ -111,7 +112,7 @@ void check(const Case& c) {
         top = std::max(top, std::abs(double(normed[i * l.k + k])));
       }
       want[i * l.n + n] = sum + (c.residual ? residual[i * l.n + n] : 0);
-      const double rounding = l.bits == 16 ? size * 0x1p-11 : weights * top / 2 / 32767;
+      const double rounding = l.bits == 16 ? size * 0x1p-11 : weights * top / 2 / 32639;
       bound[i * l.n + n] = rounding * (1 + 0x1p-16) + size * 0x1p-18 + 0x1p-22 * std::abs(want[i * l.n + n]);
     }
   }
@@ -151,7 +152,7 @@ void check(const Case& c) {
     a.heads = c.heads;
     a.kv_heads = c.kv_heads;
   }
-  linear_decode_cuda(a, nullptr, false);
+  linear_decode_cuda(&a, 1, nullptr, nullptr, false);
   cuda_check(cudaDeviceSynchronize(), "linear_decode");
   const std::vector<float> y = dy.get();
 
@@ -223,7 +224,7 @@ void check(const Case& c) {
       dy.put(residual);
       a.residual = dy.data();
     }
-    linear_decode_cuda(a, nullptr, again == 1);
+    linear_decode_cuda(&a, 1, nullptr, nullptr, again == 1);
     cuda_check(cudaDeviceSynchronize(), "linear_decode");
     REQUIRE(dy.get() == y);
   }
@@ -292,4 +293,96 @@ TEST_CASE("linear_decode on the device: x of any size") {
   if (no_device()) return;
   for (float size : {1e-30f, 1e-6f, 1e6f, 1e30f})
     check({.layout = {.n = 33, .k = 300, .group = 64}, .tokens = 3, .size = size});
+}
+
+// A layer's products as one chain give the bits that they give one by one, every time.
+TEST_CASE("linear_decode on the device: chains") {
+  if (no_device()) return;
+  struct Sizes {
+    int64_t hidden, ffn, head_dim, heads, kv_heads, groups[4];
+    int bits;
+  };
+  for (const Sizes& s :
+       {Sizes{576, 1536, 64, 9, 3, {64, 64, 64, 64}, 4}, Sizes{2048, 5632, 64, 32, 4, {128, 32, 64, 128}, 4},
+        Sizes{288, 172, 48, 6, 6, {32, 32, 172, 288}, 8}, Sizes{64, 8192, 16, 4, 4, {}, 16},
+        Sizes{1024, 28672, 128, 8, 2, {128, 1024, 256, 128}, 4}})
+    for (int64_t tokens = 1; tokens <= kLinearDecodeChainTokens; ++tokens) {
+      CAPTURE(s.hidden);
+      CAPTURE(tokens);
+      const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim, ctx = 16;
+      const Q4Layout layouts[4] = {
+          {.n = s.hidden, .k = q, .group = s.groups[0], .bits = s.bits},
+          {.n = 2 * s.ffn, .k = s.hidden, .group = s.groups[1], .map = RowMap::kPairHalves, .bits = s.bits},
+          {.n = s.hidden, .k = s.ffn, .group = s.groups[2], .bits = s.bits},
+          {.n = q + 2 * kv,
+           .k = s.hidden,
+           .group = s.groups[3],
+           .map = RowMap::kRope,
+           .head_dim = s.head_dim,
+           .rotated = q + kv,
+           .bits = s.bits}};
+      std::vector<std::unique_ptr<Weights>> weights;
+      for (const Q4Layout& l : layouts)
+        weights.push_back(std::make_unique<Weights>(Case{.layout = l, .grid = Grid::kHalf}));
+      std::vector<float> x(size_t(tokens * q)), stream(size_t(tokens * s.hidden)), gain(size_t(s.hidden)),
+          table(size_t(ctx * s.head_dim), 0.6f);
+      fill_normal(x, 1), fill_normal(stream, 2), fill_normal(gain, 3);
+      std::vector<int32_t> position, sequence(size_t(tokens), 0);
+      for (int64_t i = 0; i < tokens; ++i) position.push_back(int32_t(i));
+      DeviceGuarded<float> dx{std::span<const float>(x)}, dstream(tokens * s.hidden),
+          dgain{std::span<const float>(gain)}, dtable{std::span<const float>(table)}, dhidden(tokens * s.ffn),
+          dq(tokens * q);
+      DeviceGuarded<int32_t> dposition{std::span<const int32_t>(position)},
+          dsequence{std::span<const int32_t>(sequence)};
+      DeviceGuarded<uint8_t> dk(ctx * kv * 2), dv(ctx * kv * 2);
+      const std::vector<uint8_t> zero(kLinearDecodeExchange);
+      DeviceGuarded<uint8_t> exchange{std::span<const uint8_t>(zero)};
+      const auto run_chain = [&](const LinearDecodeArgs* from, size_t count, bool pdl) {
+        linear_decode_cuda(from, count, reinterpret_cast<std::byte*>(exchange.data()), nullptr, pdl);
+      };
+      const auto w = [&](int i) {
+        return TiledWeight{layouts[i], Grid::kHalf, weights[size_t(i)]->codes.data(),
+                           weights[size_t(i)]->tile_scales.data()};
+      };
+      const LinearDecodeArgs chain[4] = {
+          {.x = dx.data(), .w = w(0), .residual = dstream.data(), .y = dstream.data(), .tokens = tokens},
+          {.x = dstream.data(),
+           .gain = dgain.data(),
+           .eps = 1e-5f,
+           .w = w(1),
+           .epilogue = Epilogue::kSwiglu,
+           .y = dhidden.data(),
+           .tokens = tokens},
+          {.x = dhidden.data(), .w = w(2), .residual = dstream.data(), .y = dstream.data(), .tokens = tokens},
+          {.x = dstream.data(),
+           .gain = dgain.data(),
+           .eps = 1e-5f,
+           .w = w(3),
+           .epilogue = Epilogue::kRopeKv,
+           .y = dq.data(),
+           .tokens = tokens,
+           .table = dtable.data(),
+           .at = {dposition.data(), dsequence.data()},
+           .kv = {dk.data(), dv.data(), KvType::kF16, ctx},
+           .heads = s.heads,
+           .kv_heads = s.kv_heads}};
+      std::vector<float> first_stream, first_q;
+      std::vector<uint8_t> first_k;
+      for (int run = 0; run < 20; ++run) {
+        dstream.put(stream);
+        if (run == 0)
+          for (const LinearDecodeArgs& a : chain) run_chain(&a, 1, false);
+        else
+          run_chain(chain, run % 2 ? 4 : 2, run % 3 == 0);
+        if (run > 0 && run % 2 == 0) run_chain(chain + 2, 2, true);
+        cuda_check(cudaDeviceSynchronize(), "chain");
+        if (run == 0) {
+          first_stream = dstream.get(), first_q = dq.get(), first_k = dk.get();
+          continue;
+        }
+        REQUIRE(dstream.get() == first_stream);
+        REQUIRE(dq.get() == first_q);
+        REQUIRE(dk.get() == first_k);
+      }
+    }
 }

@@ -1,0 +1,176 @@
+// What a block of linear_decode works on, and the ring of shared memory through which its weights come.
+// Device code.
+#pragma once
+#include "kernels/decode_ptx.cuh"
+#include "kernels/linear_decode.h"
+#include "kernels/linear_decode_config.h"
+
+namespace q4s {
+
+// Between products of a chain values travel as packets: the bits of a float below the number of the launch
+// that wrote it, stored at once. A reader needs no barrier and no fence: it loads until the number is right.
+__device__ inline uint64_t load_packet(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ inline ulonglong2 load_packets(const uint64_t* p) {
+  ulonglong2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ inline void store_packet(uint64_t* p, float value, uint32_t launch) {
+  const uint64_t v = uint64_t(launch) << 32 | __float_as_uint(value);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ inline float wait_packet(const uint64_t* p, uint32_t launch) {
+  uint64_t v;
+  do v = load_packet(p);
+  while (uint32_t(v >> 32) != launch);
+  return __uint_as_float(uint32_t(v));
+}
+
+// One product of a chain.
+struct LinearDecodeProduct {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const float* x;                    // (T, K), or null where x is
+  const uint64_t* x_packets;         // (T, K)
+  const float* gain;                 // (K) or null
+  const float* residual;             // (T, N) or null
+  const uint64_t* residual_packets;  // likewise
+  float* y;
+  uint64_t* y_packets;  // or null
+  const float* table;
+  const int32_t* position;
+  const int32_t* sequence;
+  KvLayer kv;
+  float eps, inverse_k;
+  int n, k, k_tiles, groups;
+  int unit_groups, group_shift;  // group of unit u where a unit has one: u >> group_shift
+  int factor, offset;            // a value is scale * (factor * code - offset) / factor
+  int heads, kv_heads, head_dim;
+  Epilogue epilogue;
+};
+
+struct LinearDecodeParams {
+  LinearDecodeProduct product[kDecodeProducts];
+  int count, tokens;
+  int ahead;  // stages on their way at a time
+  uint32_t*
+      launches;  // (blocks) of chains so far: packets of this one bear the next number; null: no packets
+  LinearDecodeConfig config;
+};
+
+// A block's tile rows [row0, row0 + rows) of a product. Odd products deal them to the blocks in reverse, so
+// that the longer runs even out.
+struct LinearDecodeRows {
+  int row0, rows;
+  __device__ LinearDecodeRows(const LinearDecodeConfig& c, int product) {
+    const LinearDecodePart& part = c.part[product];
+    const int b = product % 2 ? c.blocks - 1 - int(blockIdx.x) : int(blockIdx.x);
+    row0 = b * part.rows + min(b, part.more_rows);
+    rows = part.rows + (b < part.more_rows);
+  }
+};
+
+// The barriers of a block, and where a role is in the ring. A stage is full when its bytes have arrived and
+// empty when every warp that multiplies has read it.
+class LinearDecodeRing {
+ public:
+  __device__ LinearDecodeRing(const LinearDecodeConfig& c, uint8_t* shared)
+      : ring_(shared),
+        barriers_(reinterpret_cast<uint64_t*>(shared + c.barriers)),
+        stages_(c.stages),
+        stage_bytes_(c.stage_bytes) {}
+
+  // By one thread, before any other uses them. band_readers: reducers that read each band.
+  __device__ void init(int band_readers) const {
+    for (int i = 0; i < kDecodeStages; ++i) {
+      barrier_init(full(i), kFullArrivals);
+      barrier_init(empty(i), kDecodeWarps);
+    }
+    for (int b = 0; b < kDecodeBands; ++b) {
+      barrier_init(band_full(b), kDecodeWarps);
+      barrier_init(band_empty(b), band_readers);
+    }
+    barrier_init_done();
+  }
+  __device__ uint64_t* full(int stage) const { return barriers_ + stage; }
+  __device__ uint64_t* empty(int stage) const { return barriers_ + kDecodeStages + stage; }
+  __device__ uint64_t* band_full(int b) const { return barriers_ + 2 * kDecodeStages + b; }
+  __device__ uint64_t* band_empty(int b) const { return band_full(kDecodeBands) + b; }
+
+  __device__ uint8_t* stage() const { return ring_ + stage_ * stage_bytes_; }
+  __device__ void wait_full() const { barrier_wait(full(stage_), parity_); }
+  __device__ void wait_empty() const { barrier_wait(empty(stage_), parity_ ^ 1); }
+  __device__ uint64_t* full() const { return full(stage_); }
+  __device__ uint64_t* empty() const { return empty(stage_); }
+  __device__ void next() {
+    if (++stage_ == stages_) stage_ = 0, parity_ ^= 1;
+  }
+
+ private:
+  uint8_t* ring_;
+  uint64_t* barriers_;
+  int stages_, stage_bytes_, stage_ = 0;
+  uint32_t parity_ = 0;
+};
+
+// The warp that asks for the weights of all products, far ahead of their use but never for more than
+// p.ahead stages at once: what other warps load would wait behind them.
+template <class Tile>
+__device__ void linear_decode_produce(const LinearDecodeParams& p, LinearDecodeRing ring, int lane) {
+  constexpr int kTileBytes = kQ4TileBytes * Tile::kBits / 4, kUnitBytes = kTileBytes * kUnitTiles;
+  LinearDecodeRing arriving = ring;
+  int asked = 0;
+#pragma unroll 1
+  for (int i = 0; i < p.count; ++i) {
+    const LinearDecodeProduct& a = p.product[i];
+    const LinearDecodePart& part = p.config.part[i];
+    const LinearDecodeRows rows(p.config, i);
+    const bool scaled = a.unit_groups > 0, shared_scales = a.group_shift > 0;
+    const int bands = (rows.rows + Tile::kBand - 1) / Tile::kBand;
+    const int scale_bytes = max(1, a.unit_groups) * (kQ4TileRows * 2);  // of a unit
+#pragma unroll 1
+    for (int phase = 0; phase < part.phases; ++phase) {
+      const int first = part.phase_begin(phase), units = part.phase_begin(phase + 1) - first;
+      const int total = bands * units;
+      int band = lane / units, col = lane % units;
+#pragma unroll 1
+      for (int begin = 0; begin < total; begin += kDecodeWarps) {
+        ring.wait_empty();
+        if (asked == p.ahead)
+          arriving.wait_full(), arriving.next();
+        else
+          ++asked;
+        // Each lane has a unit of each row; the first of a run of neighbours asks for all of it.
+        const int count = min(kDecodeWarps, total - begin);
+        const bool one = lane < count, leads = one && (lane == 0 || col == 0);
+        const int unit = first + col, run = min(count - lane, units - col);
+        const int tiles = min(run * kUnitTiles, a.k_tiles - unit * kUnitTiles);
+        const int group = shared_scales ? unit >> a.group_shift : unit * a.unit_groups;
+        const int groups = shared_scales ? 1 : min(run * a.unit_groups, a.groups - group);
+        DecodeCopy copies[2 * Tile::kBand];
+#pragma unroll
+        for (int r = 0; r < Tile::kBand; ++r) {
+          const int row = band * Tile::kBand + r, tile_row = rows.row0 + row, slot = r * kDecodeWarps + lane;
+          const bool there = row < rows.rows;
+          copies[2 * r] = {ring.stage() + slot * kUnitBytes,
+                           a.codes + (int64_t(tile_row) * a.k_tiles + unit * kUnitTiles) * kTileBytes,
+                           there && leads ? uint32_t(tiles * kTileBytes) : 0};
+          copies[2 * r + 1] = {
+              ring.stage() + p.config.stage_scales + slot * scale_bytes,
+              reinterpret_cast<const uint8_t*>(a.scales +
+                                               (int64_t(tile_row) * a.groups + group) * kQ4TileRows),
+              there && scaled && (shared_scales ? one : leads) ? uint32_t(groups * kQ4TileRows * 2) : 0};
+        }
+        decode_copies(copies, ring.full(), lane);
+        ring.next();
+        for (col += kDecodeWarps; col >= units; col -= units) ++band;
+      }
+    }
+  }
+}
+
+}  // namespace q4s
