@@ -6,7 +6,7 @@
 //
 //   producer:    for each stage of all products: wait until it is empty, ask for its codes and scales
 //   multipliers: for each product: wait for its x, stage it; for each stage: multiply one unit, at the end of
-//                a band of rows hand in the sums
+//                a row hand in the sums
 //   reducers:    for each row: wait for the sums, add them in the order of their columns, epilogue
 #pragma once
 #include "kernels/linear_decode_output.cuh"
@@ -30,7 +30,7 @@ struct DecodeMultiplier {
     const LinearDecodeProduct& a = p.product[product];
     const LinearDecodePart& part = c.part[product];
     const int first = part.phase_begin(phase), units = part.phase_begin(phase + 1) - first;
-    const int rows = LinearDecodeRows(c, product).rows, bands = (rows + Tile::kBand - 1) / Tile::kBand;
+    const int rows = LinearDecodeRows(c, product).rows;
     uint8_t* const x = shared + c.x;
     uint32_t* const meta = reinterpret_cast<uint32_t*>(shared + c.meta);
     float* const partial = reinterpret_cast<float*>(shared + c.partial);
@@ -44,53 +44,46 @@ struct DecodeMultiplier {
     warps_sync<1, kDecodeWarps * 32>();
 
     DecodeSums<Tile, kScales, kTokens> sums(a, x, c.stride, meta, p.tokens, lane);
-    int band = 0, col = warp;
-    // On to the next band; hands in this warp's sums of the last one if it has a part of it.
-    const auto pass_band = [&](bool mine, int slot = 0) {
-      const int b = band % kDecodeBands;
-      barrier_wait(ring.band_empty(b), (parities >> b & 1) ^ 1);
-      parities ^= 1u << b;
+    int row = 0, col = warp;
+    // On to the next row; hands in this warp's sums of the last one if it has a part of it.
+    const auto pass_row = [&](bool mine, int slot = 0) {
+      const int m = row % kDecodeMeetings;
+      barrier_wait(ring.sums_empty(m), (parities >> m & 1) ^ 1);
+      parities ^= 1u << m;
       if (mine) {
-#pragma unroll
-        for (int r = 0; r < Tile::kBand; ++r)
-          sums.store(r, partial + ((b * Tile::kBand + r) * kDecodeWarps + slot) * p.tokens * kQ4TileRows,
-                     lane);
+        sums.store(partial + (m * kDecodeWarps + slot) * p.tokens * kQ4TileRows, lane);
         sums.clear();
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(ring.band_full(b));
-      ++band;
+      if (lane == 0) barrier_arrive(ring.sums_full(m));
+      ++row;
     };
-    for (; col >= units && band < bands; col -= units) pass_band(false);
+    for (; col >= units && row < rows; col -= units) pass_row(false);
 #pragma unroll 1
-    for (int stages = (bands * units + kDecodeWarps - 1) / kDecodeWarps; stages > 0; --stages) {
+    for (int stages = (rows * units + kDecodeWarps - 1) / kDecodeWarps; stages > 0; --stages) {
       ring.wait_full();
-      if (band >= bands) {  // the last stage has no unit for this warp
+      if (row >= rows) {  // the last stage has no unit for this warp
         if (lane == 0) barrier_arrive(ring.empty());
         ring.next();
         continue;
       }
       const uint8_t* stage = ring.stage();
       const int unit = first + col;
-      typename DecodeSums<Tile, kScales, kTokens>::Codes codes[Tile::kBand];
-#pragma unroll
-      for (int r = 0; r < Tile::kBand; ++r) {  // a row that is not there is what the stage had before
-        const int at = r * kDecodeWarps + warp;
-        codes[r] = sums.read(stage + at * kUnitBytes,
-                             reinterpret_cast<const uint16_t*>(stage + c.stage_scales) + at * kUnitScales,
-                             kScales > 1 ? a.groups - unit * kScales : 1, lane);
-      }
+      const auto codes =
+          sums.read(stage + warp * kUnitBytes,
+                    reinterpret_cast<const uint16_t*>(stage + c.stage_scales) + warp * kUnitScales,
+                    kScales > 1 ? a.groups - unit * kScales : 1, lane);
       __syncwarp();
       if (lane == 0) barrier_arrive(ring.empty());
       ring.next();
       sums.add(codes, col, unit * kUnitTiles + 1 < a.k_tiles);
       col += kDecodeWarps;
       if (col < units) continue;
-      pass_band(true, col % kDecodeWarps);
+      pass_row(true, col % kDecodeWarps);
       for (col -= units; col >= units; col -= units)
-        if (band < bands) pass_band(false);
+        if (row < rows) pass_row(false);
     }
-    while (band < bands) pass_band(false);
+    while (row < rows) pass_row(false);
   }
 };
 
@@ -102,7 +95,7 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
   const LinearDecodeConfig& c = p.config;
   const int lane = int(threadIdx.x) % 32, warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   LinearDecodeRing ring(c, shared);
-  if (threadIdx.x == 0) ring.init(Tile::kBand);
+  if (threadIdx.x == 0) ring.init();
   __syncthreads();
 
   if (warp == kDecodeWarps + kDecodeReducers) {
@@ -120,7 +113,7 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
     warps_arrive<2, kReaders>();
     const int j = warp - kDecodeWarps;
     const auto at = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
-    linear_decode_reduce<Tile::kBand, kTokens>(
+    linear_decode_reduce<kTokens>(
         p, ring, {at(c.partial), at(c.sums), at(c.norm) + j * p.tokens, at(c.squares)}, launch, j, lane);
     return;
   }
@@ -145,11 +138,10 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
   if (p.launches && threadIdx.x == 0) p.launches[blockIdx.x] = launch;
 }
 
-// Few: the tile for up to 4 tokens.
-template <class Few, class Tile>
+template <class Tile>
 void launch_linear_decode(LinearDecodeParams& p, cudaStream_t stream, bool pdl) {
   const int tokens = p.config.tokens;
-  const auto kernel = tokens <= 4   ? linear_decode_kernel<Few, 4>
+  const auto kernel = tokens <= 4   ? linear_decode_kernel<Tile, 4>
                       : tokens <= 8 ? linear_decode_kernel<Tile, 8>
                                     : linear_decode_kernel<Tile, 16>;
   launch("linear_decode", kernel, dim3(unsigned(p.config.blocks)), (kDecodeWarps + kDecodeReducers + 1) * 32,

@@ -33,19 +33,18 @@ LinearDecodeConfig place(const LinearDecodeShape* shapes, size_t count, int toke
     bits = l.bits;
   }
   c.stride = x_units * kUnitColumns * 2 + 64;
-  const int band = linear_decode_band(bits, tokens);
-  c.stage_scales = band * kDecodeWarps * kUnitTiles * kQ4TileBytes * (bits / 4);
-  c.stage_bytes = c.stage_scales + band * kDecodeWarps * groups * kQ4TileRows * 2;
+  c.stage_scales = kDecodeWarps * kUnitTiles * kQ4TileBytes * (bits / 4);
+  c.stage_bytes = c.stage_scales + kDecodeWarps * groups * kQ4TileRows * 2;
   const auto layout = [&](int stages) {
     c.stages = stages;
     c.x = stages * c.stage_bytes;
     c.meta = c.x + tokens * c.stride;
     c.squares = c.meta + meta * tokens * 4;
     c.partial = int(round_up(c.squares + squares * tokens * 4, 16));
-    c.sums = c.partial + kDecodeBands * band * kDecodeWarps * tokens * kQ4TileRows * 4;
+    c.sums = c.partial + kDecodeMeetings * kDecodeWarps * tokens * kQ4TileRows * 4;
     c.norm = c.sums + sums * tokens * kQ4TileRows * 4;
     c.barriers = int(round_up(c.norm + kDecodeReducers * tokens * 4, 8));
-    c.shared = c.barriers + 2 * (kDecodeStages + kDecodeBands) * 8;
+    c.shared = c.barriers + 2 * (kDecodeStages + kDecodeMeetings) * 8;
   };
   layout(0);
   layout(std::clamp((shared_bytes - c.shared) / c.stage_bytes, 2, kDecodeStages));

@@ -1,9 +1,9 @@
 // How linear_decode cuts its work: a pure function of the shapes, so that it is testable without a device.
 //
-// A block owns a run of tile rows of each product, which it reads in bands of one or two rows. Rows are cut
-// in units of 128 columns, and the units of a block's bands, one band after another, are the stream that it
-// reads: kDecodeWarps of them a stage, one for each warp, that of each row of the band. Where x of all
-// columns does not fit shared memory, columns are taken in phases, over all of the block's rows each.
+// A block owns a run of tile rows of each product. Rows are cut in units of 128 columns, and the units of a
+// block's rows, one row after another, are the stream that it reads: kDecodeWarps of them a stage, one for
+// each warp. Where x of all columns does not fit shared memory, columns are taken in phases, over all of the
+// block's rows each.
 #pragma once
 #include "kernels/q4_tiles.h"
 
@@ -11,7 +11,7 @@ namespace q4s {
 
 constexpr int kDecodeWarps = 16;    // that multiply
 constexpr int kDecodeReducers = 2;  // warps that add up rows, in turn
-constexpr int kDecodeBands = 2;     // whose sums meet at a time
+constexpr int kDecodeMeetings = 2;  // rows whose sums meet at a time
 constexpr int kDecodeStages = 16;   // most stages of the ring
 constexpr int kDecodeProducts = 4;  // most of a chain
 constexpr int kUnitTiles = 2, kUnitColumns = kUnitTiles * kQ4TileCols;
@@ -31,16 +31,13 @@ struct LinearDecodeConfig {
   LinearDecodePart part[kDecodeProducts];
   int stages = 0, stage_bytes = 0, stage_scales = 0;  // of the ring; where in a stage its scales are
   int stride = 0;                                     // bytes of a token's x in shared memory
-  // Bytes: where a block's shared memory has what, and its size. At 0 the ring, each stage (rows of a band,
-  // kDecodeWarps) units of codes, then the like of scales; x: (T) of `stride`; meta: (phase_units, T,
-  // linear_decode_meta()) words; squares: (units, T) f32; partial sums: (kDecodeBands, rows of a band,
-  // kDecodeWarps, T, 16) f32; sums of earlier phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32;
-  // barriers of 8 bytes: 2 a stage, 2 a band.
+  // Bytes: where a block's shared memory has what, and its size. At 0 the ring, each stage kDecodeWarps units
+  // of codes, then of scales; x: (T) of `stride`; meta: (phase_units, T, linear_decode_meta()) words; squares:
+  // (units, T) f32; partial sums: (kDecodeMeetings, kDecodeWarps, T, 16) f32; sums of earlier phases: (rows,
+  // T, 16) f32; norm: (kDecodeReducers, T) f32; barriers of 8 bytes: 2 a stage, 2 a meeting.
   int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, barriers = 0, shared = 0;
 };
 
-// Tile rows of a band: where registers and shared memory allow it two, which share what is done with x.
-constexpr int linear_decode_band(int bits, int tokens) { return bits == 4 && tokens <= 4 ? 2 : 1; }
 // Groups of scales in a unit.
 constexpr int linear_decode_unit_groups(const Q4Layout& l) {
   return l.bits == 16 ? 0 : l.group >= l.k || l.group >= kUnitColumns ? 1 : int(kUnitColumns / l.group);

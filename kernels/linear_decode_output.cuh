@@ -86,21 +86,20 @@ struct DecodeOutput {
 // Where in shared memory the sums meet.
 struct DecodeSumPlaces {
   float *partial, *sums,
-      *norm;             // (kDecodeBands, kBand, kDecodeWarps, T, 16); (rows, T, 16); (T) of a reducer
+      *norm;             // (kDecodeMeetings, kDecodeWarps, T, 16); (rows, T, 16); (T) of a reducer
   const float* squares;  // (units, T)
 };
 
 // Warp `j` of the reducers: rows j, j + kDecodeReducers ... of a block's tile rows. A lane adds the sums of
 // one token, four lanes those of the only one; in the same order.
-template <int kBand, int kTokens>
+template <int kTokens>
 __device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDecodeRing& ring,
                                      const DecodeSumPlaces& at, uint32_t launch, int j, int lane) {
   const int r = lane / 4, part = lane % 4, tokens = p.tokens;
   const bool single = tokens == 1;
   const int mine = single ? 0 : part;  // first token of this lane
-  uint32_t parities = 0;               // of the bands' barriers
-  static_assert(kBand == 1 || kBand == kDecodeReducers,
-                "a reducer has one row of each band, or of each other");
+  static_assert(kDecodeMeetings == kDecodeReducers, "reducer j has the rows of meeting j");
+  uint32_t parity = 0;  // of the meeting
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
     const LinearDecodeProduct& a = p.product[i];
@@ -112,16 +111,8 @@ __device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDe
       const int slots = min(kDecodeWarps, cut.phase_begin(phase + 1) - cut.phase_begin(phase));
       bool norm = a.gain && last;  // still to be made
 #pragma unroll 1
-      for (int row = j; row < (rows.rows + kBand - 1) / kBand * kBand; row += kDecodeReducers) {
-        const int buffer = row / kBand % kDecodeBands;
-        const float* partial =
-            at.partial + (buffer * kBand + row % kBand) * kDecodeWarps * tokens * kQ4TileRows;
-        if (row >= rows.rows) {  // beyond the last row of the last band
-          barrier_wait(ring.band_full(buffer), parities >> buffer & 1);
-          parities ^= 1u << buffer;
-          if (lane == 0) barrier_arrive(ring.band_empty(buffer));
-          break;
-        }
+      for (int row = j; row < rows.rows; row += kDecodeReducers) {
+        const float* partial = at.partial + j * kDecodeWarps * tokens * kQ4TileRows;
         DecodeOutput output[kTokens / 4];
         if (last)
 #pragma unroll
@@ -129,8 +120,8 @@ __device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDe
             if (mine + 4 * t < tokens && !(single && part))
               output[t].load(a, rows.row0 + row, r, mine + 4 * t, launch);
         __syncwarp();
-        barrier_wait(ring.band_full(buffer), parities >> buffer & 1);
-        parities ^= 1u << buffer;
+        barrier_wait(ring.sums_full(j), parity);
+        parity ^= 1;
         if (norm) {
           norm = false;
 #pragma unroll 1
@@ -178,7 +169,7 @@ __device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDe
           output[t].finish(a, rows.row0 + row, r, token, low * scale, high * scale, launch);
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(ring.band_empty(buffer));
+        if (lane == 0) barrier_arrive(ring.sums_empty(j));
       }
     }
     if (i + 2 == p.count) pdl_trigger();

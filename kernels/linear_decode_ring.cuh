@@ -84,22 +84,22 @@ class LinearDecodeRing {
         stages_(c.stages),
         stage_bytes_(c.stage_bytes) {}
 
-  // By one thread, before any other uses them. band_readers: reducers that read each band.
-  __device__ void init(int band_readers) const {
+  // By one thread, before any other uses them.
+  __device__ void init() const {
     for (int i = 0; i < kDecodeStages; ++i) {
       barrier_init(full(i), kFullArrivals);
       barrier_init(empty(i), kDecodeWarps);
     }
-    for (int b = 0; b < kDecodeBands; ++b) {
-      barrier_init(band_full(b), kDecodeWarps);
-      barrier_init(band_empty(b), band_readers);
+    for (int m = 0; m < kDecodeMeetings; ++m) {
+      barrier_init(sums_full(m), kDecodeWarps);
+      barrier_init(sums_empty(m), 1);
     }
     barrier_init_done();
   }
   __device__ uint64_t* full(int stage) const { return barriers_ + stage; }
   __device__ uint64_t* empty(int stage) const { return barriers_ + kDecodeStages + stage; }
-  __device__ uint64_t* band_full(int b) const { return barriers_ + 2 * kDecodeStages + b; }
-  __device__ uint64_t* band_empty(int b) const { return band_full(kDecodeBands) + b; }
+  __device__ uint64_t* sums_full(int meeting) const { return barriers_ + 2 * kDecodeStages + meeting; }
+  __device__ uint64_t* sums_empty(int meeting) const { return sums_full(kDecodeMeetings) + meeting; }
 
   __device__ uint8_t* stage() const { return ring_ + stage_ * stage_bytes_; }
   __device__ void wait_full() const { barrier_wait(full(stage_), parity_); }
@@ -130,13 +130,12 @@ __device__ void linear_decode_produce(const LinearDecodeParams& p, LinearDecodeR
     const LinearDecodePart& part = p.config.part[i];
     const LinearDecodeRows rows(p.config, i);
     const bool scaled = a.unit_groups > 0, shared_scales = a.group_shift > 0;
-    const int bands = (rows.rows + Tile::kBand - 1) / Tile::kBand;
     const int scale_bytes = max(1, a.unit_groups) * (kQ4TileRows * 2);  // of a unit
 #pragma unroll 1
     for (int phase = 0; phase < part.phases; ++phase) {
       const int first = part.phase_begin(phase), units = part.phase_begin(phase + 1) - first;
-      const int total = bands * units;
-      int band = lane / units, col = lane % units;
+      const int total = rows.rows * units;
+      int row = lane / units, col = lane % units;
 #pragma unroll 1
       for (int begin = 0; begin < total; begin += kDecodeWarps) {
         ring.wait_empty();
@@ -144,30 +143,24 @@ __device__ void linear_decode_produce(const LinearDecodeParams& p, LinearDecodeR
           arriving.wait_full(), arriving.next();
         else
           ++asked;
-        // Each lane has a unit of each row; the first of a run of neighbours asks for all of it.
+        // Each lane has a unit; the first of a run of neighbours in a row asks for all of it.
         const int count = min(kDecodeWarps, total - begin);
         const bool one = lane < count, leads = one && (lane == 0 || col == 0);
         const int unit = first + col, run = min(count - lane, units - col);
         const int tiles = min(run * kUnitTiles, a.k_tiles - unit * kUnitTiles);
         const int group = shared_scales ? unit >> a.group_shift : unit * a.unit_groups;
         const int groups = shared_scales ? 1 : min(run * a.unit_groups, a.groups - group);
-        DecodeCopy copies[2 * Tile::kBand];
-#pragma unroll
-        for (int r = 0; r < Tile::kBand; ++r) {
-          const int row = band * Tile::kBand + r, tile_row = rows.row0 + row, slot = r * kDecodeWarps + lane;
-          const bool there = row < rows.rows;
-          copies[2 * r] = {ring.stage() + slot * kUnitBytes,
-                           a.codes + (int64_t(tile_row) * a.k_tiles + unit * kUnitTiles) * kTileBytes,
-                           there && leads ? uint32_t(tiles * kTileBytes) : 0};
-          copies[2 * r + 1] = {
-              ring.stage() + p.config.stage_scales + slot * scale_bytes,
-              reinterpret_cast<const uint8_t*>(a.scales +
-                                               (int64_t(tile_row) * a.groups + group) * kQ4TileRows),
-              there && scaled && (shared_scales ? one : leads) ? uint32_t(groups * kQ4TileRows * 2) : 0};
-        }
+        const int64_t tile_row = rows.row0 + row;
+        const DecodeCopy copies[2] = {
+            {ring.stage() + lane * kUnitBytes,
+             a.codes + (tile_row * a.k_tiles + unit * kUnitTiles) * kTileBytes,
+             leads ? uint32_t(tiles * kTileBytes) : 0},
+            {ring.stage() + p.config.stage_scales + lane * scale_bytes,
+             reinterpret_cast<const uint8_t*>(a.scales + (tile_row * a.groups + group) * kQ4TileRows),
+             scaled && (shared_scales ? one : leads) ? uint32_t(groups * kQ4TileRows * 2) : 0}};
         decode_copies(copies, ring.full(), lane);
         ring.next();
-        for (col += kDecodeWarps; col >= units; col -= units) ++band;
+        for (col += kDecodeWarps; col >= units; col -= units) ++row;
       }
     }
   }

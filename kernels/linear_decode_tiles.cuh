@@ -10,14 +10,12 @@
 
 namespace q4s {
 
-// kLoads: of 16 bytes, that a lane makes of a unit; kBand: tile rows at a time; kBelow: what the codes of a
-// tile's rows 8.. are multiplied with in the fragments. kWords: order of x in a word of four columns (of 16),
-// as selector of
-// __byte_perm(columns 0..3 from 2t, columns 8..11 from 2t) for lane t = 0; for t + 1 twice as far.
-template <int kRows>
+// kLoads: of 16 bytes, that a lane makes of a unit; kBelow: what the codes of a tile's rows 8.. are multiplied
+// with in the fragments. kWord: order of x in a word of four columns (of 16), as selector of __byte_perm(
+// columns 0..3 from 2t, columns 8..11 from 2t) for lane t = 0; kNextWord: for t + 1.
 struct Int4Tile {
   static constexpr bool kInteger = true, kSigned = false;
-  static constexpr int kBits = 4, kLoads = 2, kBand = kRows;
+  static constexpr int kBits = 4, kLoads = 2;
   static constexpr int kBelow = 16;  // codes of the lower eight rows stay where they are in their byte
   static constexpr uint32_t kWord = 0x5140, kNextWord = 0x7362;
   // A fragment of columns 32 step .. of the unit, v: the load that has it, step * kLoads / 4.
@@ -29,7 +27,7 @@ struct Int4Tile {
 
 struct Int8Tile {
   static constexpr bool kInteger = true, kSigned = true;
-  static constexpr int kBits = 8, kLoads = 4, kBand = 1, kBelow = 1;
+  static constexpr int kBits = 8, kLoads = 4, kBelow = 1;
   static constexpr uint32_t kWord = 0x5410, kNextWord = 0x7632;
   __device__ static void fragment(uint32_t (&a)[4], const uint4& v, int) {
     a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
@@ -38,12 +36,11 @@ struct Int8Tile {
 
 struct HalfTile {
   static constexpr bool kInteger = false;
-  static constexpr int kBits = 16, kLoads = 8, kBand = 1, kBelow = 1;
+  static constexpr int kBits = 16, kLoads = 8;
 };
 
-// The sums that a lane holds for the tile rows of a band, and how a unit is added to them. Integer formats:
-// rows g and g + 8 (g = lane / 4) of token 4b + t (t = lane % 4). fp16: those of tokens 8b + 2t and 8b + 2t
-// + 1.
+// The sums that a lane holds for a tile row, and how a unit is added to them. Integer formats: rows g and
+// g + 8 (g = lane / 4) of token 4b + t (t = lane % 4). fp16: those of tokens 8b + 2t and 8b + 2t + 1.
 template <class Tile, int kScales, int kTokens>
 class DecodeSums {
  public:
@@ -68,11 +65,9 @@ class DecodeSums {
   }
   __device__ void clear() {
 #pragma unroll
-    for (int r = 0; r < Tile::kBand; ++r)
+    for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-        for (int i = 0; i < 2 * kOwn; ++i) sum_[r][b][i] = 0;
+      for (int i = 0; i < 2 * kOwn; ++i) sum_[b][i] = 0;
   }
 
   // What a lane reads of a stage for its warp's unit.
@@ -94,17 +89,17 @@ class DecodeSums {
     return c;
   }
 
-  // c: of each row of the band; unit: of those staged; whole: it has both tiles (x is 0 where the other would
-  // be, but halves that were never written need not be numbers).
-  __device__ void add(const Codes (&c)[Tile::kBand], int unit, bool whole) {
+  // unit: of those staged; whole: it has both tiles (x is 0 where the other would be, but halves that were
+  // never written need not be numbers).
+  __device__ void add(const Codes& c, int unit, bool whole) {
     if constexpr (Tile::kInteger)
       add_integer(c, unit);
     else
       add_half(c, unit, whole);
   }
 
-  // Row r of the band. to: (T, 16).
-  __device__ void store(int r, float* to, int lane) const {
+  // to: (T, 16).
+  __device__ void store(float* to, int lane) const {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
@@ -112,35 +107,32 @@ class DecodeSums {
       for (int i = 0; i < kOwn; ++i) {
         const int token = kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i);
         if (token >= tokens_) continue;
-        to[token * kQ4TileRows + g] = sum_[r][b][i];
-        to[token * kQ4TileRows + g + 8] = sum_[r][b][kOwn + i];
+        to[token * kQ4TileRows + g] = sum_[b][i];
+        to[token * kQ4TileRows + g + 8] = sum_[b][kOwn + i];
       }
   }
 
  private:
   static constexpr int kOwn = Tile::kInteger ? 1 : 2;  // tokens of a block
 
-  __device__ void add_integer(const Codes (&c)[Tile::kBand], int unit) {
+  __device__ void add_integer(const Codes& c, int unit) {
     constexpr int kSteps = kUnitColumns / 32, kGroup = kSteps / (kScales ? kScales : 1);
     uint4 x[kBlocks];
-    uint32_t product[Tile::kBand][kBlocks][4];
+    uint32_t product[kBlocks][4];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
         if (step % 2 == 0)
           x[b] = *reinterpret_cast<const uint4*>(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 128);
+      uint32_t fragment[4];
+      Tile::fragment(fragment, c.v[step * Tile::kLoads / 4], step);
 #pragma unroll
-      for (int r = 0; r < Tile::kBand; ++r) {
-        uint32_t fragment[4];
-        Tile::fragment(fragment, c[r].v[step * Tile::kLoads / 4], step);
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          uint32_t(&sum)[4] = product[r][b];
-          if (step % kGroup == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0;
-          mma_16832<Tile::kSigned, true>(sum, fragment, step % 2 ? x[b].z : x[b].x,
-                                         step % 2 ? x[b].w : x[b].y);
-        }
+      for (int b = 0; b < kBlocks; ++b) {
+        uint32_t(&sum)[4] = product[b];
+        if (step % kGroup == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0;
+        mma_16832<Tile::kSigned, true>(sum, fragment, step % 2 ? x[b].z : x[b].x,
+                                       step % 2 ? x[b].w : x[b].y);
       }
       if (step % kGroup != kGroup - 1) continue;
       const int s = step / kGroup;
@@ -150,28 +142,24 @@ class DecodeSums {
         // Overflow on the way is harmless: the value has none.
         const uint32_t bias = Tile::kBits == 4 ? about[s] : 0, f = factor_;
         const float scale = __uint_as_float(about[kMeta - 1]);
-#pragma unroll
-        for (int r = 0; r < Tile::kBand; ++r) {
-          const uint32_t(&sum)[4] = product[r][b];
-          const uint32_t high = sum[0] * (256 * f) + (sum[1] * f + bias);
-          const uint32_t low = sum[2] * (256 * f) + (sum[3] * f + bias * Tile::kBelow);
-          sum_[r][b][0] += half_bits_to_float(c[r].above[s]) * scale * __int2float_rn(int32_t(high));
-          sum_[r][b][1] += half_bits_to_float(c[r].below[s]) * (scale * (1.0f / Tile::kBelow)) *
-                           __int2float_rn(int32_t(low));
-        }
+        const uint32_t(&sum)[4] = product[b];
+        const uint32_t high = sum[0] * (256 * f) + (sum[1] * f + bias);
+        const uint32_t low = sum[2] * (256 * f) + (sum[3] * f + bias * Tile::kBelow);
+        sum_[b][0] += half_bits_to_float(c.above[s]) * scale * __int2float_rn(int32_t(high));
+        sum_[b][1] += half_bits_to_float(c.below[s]) * (scale * (1.0f / Tile::kBelow)) *
+                      __int2float_rn(int32_t(low));
       }
     }
   }
 
-  __device__ void add_half(const Codes (&c)[Tile::kBand], int unit, bool whole) {
-    static_assert(Tile::kBits == 4 || Tile::kBand == 1);
+  __device__ void add_half(const Codes& c, int unit, bool whole) {
     float product[kBlocks][4];
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) product[b][0] = product[b][1] = product[b][2] = product[b][3] = 0;
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
       if (step >= 4 && !whole) break;
-      const uint32_t fragment[4] = {c[0].v[step].x, c[0].v[step].y, c[0].v[step].z, c[0].v[step].w};
+      const uint32_t fragment[4] = {c.v[step].x, c.v[step].y, c.v[step].z, c.v[step].w};
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         const uint2 x =
@@ -184,8 +172,8 @@ class DecodeSums {
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
         const float scale = __uint_as_float(meta_[(unit * tokens_ + token_[b][i]) * kMeta + kMeta - 1]);
-        sum_[0][b][i] += product[b][i] * scale;
-        sum_[0][b][kOwn + i] += product[b][2 + i] * scale;
+        sum_[b][i] += product[b][i] * scale;
+        sum_[b][kOwn + i] += product[b][2 + i] * scale;
       }
   }
 
@@ -193,7 +181,7 @@ class DecodeSums {
   const uint32_t* meta_;
   uint32_t factor_;
   int tokens_, token_[kBlocks][kOwn];
-  float sum_[Tile::kBand][kBlocks][2 * kOwn];
+  float sum_[kBlocks][2 * kOwn];
 };
 
 }  // namespace q4s

@@ -92,7 +92,7 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
   assert(count == 1 || p.config.tokens == tokens);
   for (int t = 0; t < tokens; t += p.config.tokens) {
     p.tokens = std::min(p.config.tokens, tokens - t);
-    bits == 4 ? launch_linear_decode<Int4Tile<2>, Int4Tile<1>>(p, stream, pdl)
+    bits == 4 ? launch_linear_decode<Int4Tile>(p, stream, pdl)
               : launch_linear_decode_wide(p, bits, stream, pdl);
     for (int i = 0; i < p.count; ++i) {
       LinearDecodeProduct& a = p.product[i];

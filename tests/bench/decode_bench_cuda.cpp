@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -173,6 +174,7 @@ int main(int argc, char** argv) {
   for (const Shape& s : kShapes) {
     if (std::find(names.begin(), names.end(), s.name) == names.end()) continue;
     bench(s, 128, Grid::kInt, true, speed, timer);
+    if (!getenv("Q4S_ALL")) continue;
     bench(s, 128, Grid::kHalf, false, speed, timer);
     bench(s, 64, Grid::kInt, false, speed, timer);
   }

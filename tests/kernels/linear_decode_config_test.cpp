@@ -47,19 +47,18 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
             part.phase_units * c.tokens * linear_decode_meta(linear_decode_unit_groups(l)) * 4);
     if (shapes[i].norm) REQUIRE(c.partial - c.squares >= part.units * c.tokens * 4);
     if (part.phases > 1) REQUIRE(c.norm - c.sums >= (part.rows + (part.more_rows > 0)) * c.tokens * 64);
-    REQUIRE(c.stage_scales == linear_decode_band(l.bits, c.tokens) * kDecodeWarps * 2 * 512 * l.bits / 4);
-    REQUIRE(c.stage_bytes - c.stage_scales >=
-            linear_decode_band(l.bits, c.tokens) * kDecodeWarps * linear_decode_unit_groups(l) * 32);
+    REQUIRE(c.stage_scales == kDecodeWarps * 2 * 512 * l.bits / 4);
+    REQUIRE(c.stage_bytes - c.stage_scales >= kDecodeWarps * linear_decode_unit_groups(l) * 32);
   }
   REQUIRE(c.stride == most_units * 256 + 64);
   REQUIRE(c.x == c.stages * c.stage_bytes);
   REQUIRE(c.meta == c.x + c.tokens * c.stride);
   REQUIRE(c.sums - c.partial >=
-          kDecodeBands * linear_decode_band(shapes[0].layout.bits, c.tokens) * kDecodeWarps * c.tokens * 64);
+          kDecodeMeetings * kDecodeWarps * c.tokens * 64);
   REQUIRE(c.barriers - c.norm >= kDecodeReducers * c.tokens * 4);
   for (int at : {c.x, c.meta, c.stage_bytes, c.stage_scales}) REQUIRE(at % 16 == 0);
   REQUIRE(c.barriers % 8 == 0);
-  REQUIRE(c.shared - c.barriers >= 2 * (kDecodeStages + kDecodeBands) * 8);
+  REQUIRE(c.shared - c.barriers >= 2 * (kDecodeStages + kDecodeMeetings) * 8);
 }
 
 }  // namespace
