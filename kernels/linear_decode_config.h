@@ -32,9 +32,9 @@ struct LinearDecodeConfig {
   int stages = 0, stage_bytes = 0, stage_scales = 0;  // of the ring; where in a stage its scales are
   int stride = 0;                                     // bytes of a token's x in shared memory
   // Bytes: where a block's shared memory has what, and its size. At 0 the ring, each stage kDecodeWarps units
-  // of codes, then of scales; x: (T) of `stride`; meta: (phase_units, T, linear_decode_meta()) words; squares:
-  // (units, T) f32; partial sums: (kDecodeMeetings, kDecodeWarps, T, 16) f32; sums of earlier phases: (rows,
-  // T, 16) f32; norm: (kDecodeReducers, T) f32; barriers of 8 bytes: 2 a stage, 2 a meeting.
+  // of codes, then of scales; x: (T) of `stride`; meta: (phase_units, T, linear_decode_meta()) words;
+  // squares: (units, T) f32; partial sums: (kDecodeMeetings, kDecodeWarps, T, 16) f32; sums of earlier
+  // phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32; barriers of 8 bytes: 2 a stage, 2 a meeting.
   int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, barriers = 0, shared = 0;
 };
 

@@ -56,7 +56,7 @@ struct LinearDecodeProduct {
 struct LinearDecodeParams {
   LinearDecodeProduct product[kDecodeProducts];
   int count, tokens;
-  int ahead;  // stages on their way at a time
+  int ahead, ahead_next;  // stages on their way at a time; the first of a product, whose x is on its way too
   uint32_t*
       launches;  // (blocks) of chains so far: packets of this one bear the next number; null: no packets
   LinearDecodeConfig config;
@@ -117,8 +117,8 @@ class LinearDecodeRing {
   uint32_t parity_ = 0;
 };
 
-// The warp that asks for the weights of all products, far ahead of their use but never for more than
-// p.ahead stages at once: what other warps load would wait behind them.
+// The warp that asks for the weights of all products, far ahead of their use but never for more than a few
+// stages at once: what other warps load would wait behind them.
 template <class Tile>
 __device__ void linear_decode_produce(const LinearDecodeParams& p, LinearDecodeRing ring, int lane) {
   constexpr int kTileBytes = kQ4TileBytes * Tile::kBits / 4, kUnitBytes = kTileBytes * kUnitTiles;
@@ -139,10 +139,9 @@ __device__ void linear_decode_produce(const LinearDecodeParams& p, LinearDecodeR
 #pragma unroll 1
       for (int begin = 0; begin < total; begin += kDecodeWarps) {
         ring.wait_empty();
-        if (asked == p.ahead)
-          arriving.wait_full(), arriving.next();
-        else
-          ++asked;
+        const int most = begin < p.config.stages * kDecodeWarps ? p.ahead_next : p.ahead;
+        while (asked >= most) arriving.wait_full(), arriving.next(), --asked;
+        ++asked;
         // Each lane has a unit; the first of a run of neighbours in a row asks for all of it.
         const int count = min(kDecodeWarps, total - begin);
         const bool one = lane < count, leads = one && (lane == 0 || col == 0);

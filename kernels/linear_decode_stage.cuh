@@ -34,34 +34,47 @@ struct DecodeStaging {
     }
     return v;
   }
-  __device__ static float4 arrived(const float4& v, const float*, int) { return v; }
+  __device__ static float4 values(const float4& v) { return v; }
+  __device__ static float4 nothing(const float*) { return make_float4(0, 0, 0, 0); }
+  template <int kItems>
+  __device__ static void await(float4 (&)[kItems], const float*) {}
+
   // The same of packets, which may not be there yet. Here K is a multiple of 4.
   struct Packets {
     ulonglong2 low, high;
   };
   __device__ Packets load(const uint64_t* row, int unit) const {
     const int at = (first + unit) * kUnitColumns + 4 * lane;
-    const uint64_t none = uint64_t(launch) << 32;
-    if (at >= a.k) return {{none, none}, {none, none}};
-    return {load_packets(row + at), load_packets(row + at + 2)};
+    return at < a.k ? Packets{load_packets(row + at), load_packets(row + at + 2)} : nothing(row);
   }
-  __device__ float4 arrived(Packets v, const uint64_t* row, int unit) const {
-    const auto there = [&](uint64_t p) { return uint32_t(p >> 32) == launch; };
-#pragma unroll 1
-    for (;;) {
-      const bool all = there(v.low.x) && there(v.low.y) && there(v.high.x) && there(v.high.y);
-      const uint32_t missing = __ballot_sync(0xffffffffu, !all);
-      if (missing == 0) break;
-      // One lane asks for one packet until it is there: what everyone lacks would fill the memory's queues.
-      if (lane == 31 - __clz(int(missing))) {
-        const int skip = !there(v.low.x) ? 0 : !there(v.low.y) ? 1 : !there(v.high.x) ? 2 : 3;
-        wait_packet(row + (first + unit) * kUnitColumns + 4 * lane + skip, launch);
-      }
-      __syncwarp();
-      v = load(row, unit);
-    }
+  __device__ static float4 values(const Packets& v) {
     return make_float4(__uint_as_float(uint32_t(v.low.x)), __uint_as_float(uint32_t(v.low.y)),
                        __uint_as_float(uint32_t(v.high.x)), __uint_as_float(uint32_t(v.high.y)));
+  }
+  __device__ Packets nothing(const uint64_t*) const {
+    const uint64_t none = uint64_t(launch) << 32;
+    return {{none, none}, {none, none}};
+  }
+  __device__ bool there(const Packets& v) const {
+    return uint32_t(v.low.x >> 32) == launch && uint32_t(v.low.y >> 32) == launch &&
+           uint32_t(v.high.x >> 32) == launch && uint32_t(v.high.y >> 32) == launch;
+  }
+  // Units that follow each other for this warp, from `at` for this lane, all of one token. Each lane asks
+  // again for what it lacks, all of it at once.
+  template <int kItems>
+  __device__ void await(Packets (&v)[kItems], const uint64_t* at) const {
+    static_assert(kLinearDecodeChainTokens == 1, "units of one token lie equally far apart");
+    constexpr int kApart = kDecodeWarps * kUnitColumns;
+#pragma unroll 1
+    for (;;) {
+      bool all = true;
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) all = all && there(v[j]);
+      if (__all_sync(0xffffffffu, all)) break;
+#pragma unroll
+      for (int j = 0; j < kItems; ++j)
+        if (!there(v[j])) v[j] = {load_packets(at + j * kApart), load_packets(at + j * kApart + 2)};
+    }
   }
 
   // Largest bits of a unit's values without their sign; those of what is no number are above all.
@@ -123,34 +136,43 @@ struct DecodeStaging {
     }
   }
 
-  // This warp's units of all tokens, several on their way at a time.
+  // This warp's units of all tokens.
   __device__ void run() const {
     if (a.x_packets)
-      run(a.x_packets);
+      a.gain ? run<true>(a.x_packets) : run<false>(a.x_packets);
     else
-      run(a.x);
+      a.gain ? run<true>(a.x) : run<false>(a.x);
   }
-  // Short code on purpose: it runs a few times for each product and would else wait for its instructions.
-  template <typename Value>
+  // kItems units at a time, all on their way at once: those of packets are asked for again until they are
+  // there. Short code on purpose: it runs a few times for each product and would else wait for its
+  // instructions.
+  template <bool kGain, typename Value>
   __device__ void run(const Value* x) const {
-    constexpr int kAhead = 1;  // items on their way
-    using Coming = decltype(load(x, 0));
-    Coming coming[kAhead + 1];
-    float4 gains[kAhead + 1];
+    constexpr int kItems = kGain ? 2 : 3;
     const int items = warp < units ? (units - warp + kDecodeWarps - 1) / kDecodeWarps * tokens : 0;
     int ask = warp, unit = warp, t = 0;
-    const Value *ask_row = x, *row = x;
+    const Value* row = x;
 #pragma unroll 1
-    for (int i = -kAhead; i < items; ++i) {
-      if (i + kAhead < items) {
-        coming[kAhead] = load(ask_row, ask);
-        if (a.gain) gains[kAhead] = load(a.gain, ask);
+    for (int begin = 0; begin < items; begin += kItems) {
+      decltype(load(x, 0)) coming[kItems];
+      float4 gains[kItems];
+      const Value* at = row + (first + ask) * kUnitColumns + 4 * lane;
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        if (begin + j < items) {
+          coming[j] = load(row, ask);
+          if (kGain) gains[j] = load(a.gain, ask);
+        } else {
+          coming[j] = nothing(x);
+        }
         ask += kDecodeWarps;
-        if (ask >= units) ask = warp, ask_row += a.k;
+        if (ask >= units) ask = warp, row += a.k;
       }
-      if (i >= 0) {
-        float4 v = arrived(coming[0], row, unit);
-        if (a.gain) {
+      await(coming, at);
+#pragma unroll 1
+      for (int left = min(kItems, items - begin); left > 0; --left) {
+        float4 v = values(coming[0]);
+        if (kGain) {
           float square = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
           for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
           if (lane == 0) squares[(first + unit) * tokens + t] = square;
@@ -158,10 +180,10 @@ struct DecodeStaging {
         }
         store(t, unit, v);
         unit += kDecodeWarps;
-        if (unit >= units) unit = warp, ++t, row += a.k;
-      }
+        if (unit >= units) unit = warp, ++t;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) coming[j] = coming[j + 1], gains[j] = gains[j + 1];
+        for (int j = 0; j + 1 < kItems; ++j) coming[j] = coming[j + 1], gains[j] = gains[j + 1];
+      }
     }
   }
   // Gains on their way to the L2 cache: a lane for each line.

@@ -10,9 +10,9 @@
 
 namespace q4s {
 
-// kLoads: of 16 bytes, that a lane makes of a unit; kBelow: what the codes of a tile's rows 8.. are multiplied
-// with in the fragments. kWord: order of x in a word of four columns (of 16), as selector of __byte_perm(
-// columns 0..3 from 2t, columns 8..11 from 2t) for lane t = 0; kNextWord: for t + 1.
+// kLoads: of 16 bytes, that a lane makes of a unit; kBelow: what the codes of a tile's rows 8.. are
+// multiplied with in the fragments. kWord: order of x in a word of four columns (of 16), as selector of
+// __byte_perm( columns 0..3 from 2t, columns 8..11 from 2t) for lane t = 0; kNextWord: for t + 1.
 struct Int4Tile {
   static constexpr bool kInteger = true, kSigned = false;
   static constexpr int kBits = 4, kLoads = 2;
@@ -131,8 +131,7 @@ class DecodeSums {
       for (int b = 0; b < kBlocks; ++b) {
         uint32_t(&sum)[4] = product[b];
         if (step % kGroup == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0;
-        mma_16832<Tile::kSigned, true>(sum, fragment, step % 2 ? x[b].z : x[b].x,
-                                       step % 2 ? x[b].w : x[b].y);
+        mma_16832<Tile::kSigned, true>(sum, fragment, step % 2 ? x[b].z : x[b].x, step % 2 ? x[b].w : x[b].y);
       }
       if (step % kGroup != kGroup - 1) continue;
       const int s = step / kGroup;
@@ -146,8 +145,8 @@ class DecodeSums {
         const uint32_t high = sum[0] * (256 * f) + (sum[1] * f + bias);
         const uint32_t low = sum[2] * (256 * f) + (sum[3] * f + bias * Tile::kBelow);
         sum_[b][0] += half_bits_to_float(c.above[s]) * scale * __int2float_rn(int32_t(high));
-        sum_[b][1] += half_bits_to_float(c.below[s]) * (scale * (1.0f / Tile::kBelow)) *
-                      __int2float_rn(int32_t(low));
+        sum_[b][1] +=
+            half_bits_to_float(c.below[s]) * (scale * (1.0f / Tile::kBelow)) * __int2float_rn(int32_t(low));
       }
     }
   }

@@ -61,8 +61,9 @@ bool linear_decode_supported(const Q4Layout& l) {
 
 void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* exchange, cudaStream_t stream,
                         bool pdl) {
-  constexpr int kAhead =
-      32 * 1024;  // bytes on their way: more would only wait in the memory's queues, x behind them
+  // Bytes on their way: what the memory's latency asks for; less while x is on its way too, which would wait
+  // in the memory's queues behind them.
+  constexpr int kAhead = 64 * 1024, kAheadNext = 32 * 1024;
   assert(count > 0 && count <= kLinearDecodeChain);
   LinearDecodeParams p{};
   LinearDecodeShape shapes[kLinearDecodeChain];
@@ -89,6 +90,7 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
   }
   p.config = linear_decode_config(shapes, count, tokens, device_facts().multiprocessors, shared_bytes());
   p.ahead = std::clamp(kAhead / p.config.stage_scales, 1, p.config.stages);
+  p.ahead_next = std::clamp(kAheadNext / p.config.stage_scales, 1, p.config.stages);
   assert(count == 1 || p.config.tokens == tokens);
   for (int t = 0; t < tokens; t += p.config.tokens) {
     p.tokens = std::min(p.config.tokens, tokens - t);

@@ -53,8 +53,7 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
   REQUIRE(c.stride == most_units * 256 + 64);
   REQUIRE(c.x == c.stages * c.stage_bytes);
   REQUIRE(c.meta == c.x + c.tokens * c.stride);
-  REQUIRE(c.sums - c.partial >=
-          kDecodeMeetings * kDecodeWarps * c.tokens * 64);
+  REQUIRE(c.sums - c.partial >= kDecodeMeetings * kDecodeWarps * c.tokens * 64);
   REQUIRE(c.barriers - c.norm >= kDecodeReducers * c.tokens * 4);
   for (int at : {c.x, c.meta, c.stage_bytes, c.stage_scales}) REQUIRE(at % 16 == 0);
   REQUIRE(c.barriers % 8 == 0);
