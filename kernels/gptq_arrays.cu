@@ -1,5 +1,7 @@
 // Whole-array passes of the quantiser on the GPU: conversions, column orders, the frame of a factorisation.
 // kernels/gptq_steps.h.
+#include <algorithm>
+
 #include "kernels/gptq_device.cuh"
 #include "kernels/gptq_steps.h"
 #include "kernels/pdl.cuh"
@@ -16,17 +18,19 @@ dim3 grid_of(int64_t n, int64_t k) {
   return dim3(unsigned(ceil_div(k, kThreads)), unsigned(std::max<int64_t>(1, std::min<int64_t>(n, 8192))));
 }
 
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    begin_kernel(const float* h, const int32_t* order, double* a, double* b, int64_t k) {
+    begin_kernel(const float* h, const int32_t* order, T* a, T* b, int64_t k) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= k) return;
   for (int64_t i = blockIdx.y; i < k; i += gridDim.y) {
-    a[i * k + j] = double(h[int64_t(order[k - 1 - i]) * k + order[k - 1 - j]]);
-    b[i * k + j] = i == j ? 1.0 : 0.0;
+    a[i * k + j] = T(h[int64_t(order[k - 1 - i]) * k + order[k - 1 - j]]);
+    b[i * k + j] = T(i == j);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) end_kernel(const double* b, float* u, int* bad, int64_t k) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads) end_kernel(const T* b, float* u, int* bad, int64_t k) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= k) return;
   for (int64_t i = blockIdx.y; i < k; i += gridDim.y) {
@@ -88,6 +92,10 @@ __global__ void __launch_bounds__(kThreads)
     if (!(fabsf(v[i]) <= limit)) *bad = 1;
 }
 
+__device__ __forceinline__ __half clamped(float v) {
+  return __float2half_rn(v != v ? v : fminf(fmaxf(v, -kMostHalf), kMostHalf));  // NaN is to be seen
+}
+
 __global__ void __launch_bounds__(kThreads) half_kernel(const float* x, const float* minus, float scale,
                                                         int64_t tokens, int64_t k, __half* y, int64_t ld) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -95,19 +103,42 @@ __global__ void __launch_bounds__(kThreads) half_kernel(const float* x, const fl
   for (int64_t t = blockIdx.y; t < tokens; t += gridDim.y) {
     float v = 0;
     if (j < k) v = scale * (minus ? x[t * k + j] - minus[t * k + j] : x[t * k + j]);
-    y[t * ld + j] =
-        __float2half_rn(v != v ? v : fminf(fmaxf(v, -kMostHalf), kMostHalf));  // NaN is to be seen
+    y[t * ld + j] = clamped(v);
+  }
+}
+
+// The same where rows follow each other without a gap, `count` a multiple of 4 in all.
+template <bool kMinus>
+__global__ void __launch_bounds__(kThreads)
+    half_flat_kernel(const float* x, const float* minus, float scale, int64_t count, __half* y) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count / 4; i += stride) {
+    float4 v = reinterpret_cast<const float4*>(x)[i];
+    if (kMinus) {
+      const float4 m = reinterpret_cast<const float4*>(minus)[i];
+      v = make_float4(v.x - m.x, v.y - m.y, v.z - m.z, v.w - m.w);
+    }
+    __half2 h[2] = {{clamped(scale * v.x), clamped(scale * v.y)},
+                    {clamped(scale * v.z), clamped(scale * v.w)}};
+    reinterpret_cast<uint2*>(y)[i] = *reinterpret_cast<uint2*>(h);
   }
 }
 
 }  // namespace
 
+void gptq_factor_begin_cuda(const float* h, const int32_t* order, float* a, float* b, int64_t k,
+                            cudaStream_t stream) {
+  launch("factor", begin_kernel<float>, grid_of(k, k), kThreads, 0, 1, false, stream, h, order, a, b, k);
+}
 void gptq_factor_begin_cuda(const float* h, const int32_t* order, double* a, double* b, int64_t k,
                             cudaStream_t stream) {
-  launch("factor", begin_kernel, grid_of(k, k), kThreads, 0, 1, false, stream, h, order, a, b, k);
+  launch("factor", begin_kernel<double>, grid_of(k, k), kThreads, 0, 1, false, stream, h, order, a, b, k);
+}
+void gptq_factor_end_cuda(const float* b, float* u, int* bad, int64_t k, cudaStream_t stream) {
+  launch("factor", end_kernel<float>, grid_of(k, k), kThreads, 0, 1, false, stream, b, u, bad, k);
 }
 void gptq_factor_end_cuda(const double* b, float* u, int* bad, int64_t k, cudaStream_t stream) {
-  launch("factor", end_kernel, grid_of(k, k), kThreads, 0, 1, false, stream, b, u, bad, k);
+  launch("factor", end_kernel<double>, grid_of(k, k), kThreads, 0, 1, false, stream, b, u, bad, k);
 }
 void gptq_gather_columns_cuda(const float* in, const int32_t* index, float* out, int64_t n, int64_t k,
                               bool add, cudaStream_t stream) {
@@ -135,8 +166,19 @@ void gptq_finite_cuda(const float* v, int64_t count, float limit, int* bad, cuda
 }
 void gptq_to_half_cuda(const float* x, const float* minus, float scale, int64_t tokens, int64_t k, void* y,
                        int64_t ld, cudaStream_t stream) {
+  __half* to = static_cast<__half*>(y);
+  const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(minus)) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(y) % 8 == 0;
+  if (k == ld && tokens * k % 4 == 0 && aligned) {
+    const int64_t count = tokens * k;
+    const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(count, 4 * kThreads), 1 << 16));
+    if (blocks == 0) return;
+    launch("to_half", minus ? half_flat_kernel<true> : half_flat_kernel<false>, blocks, kThreads, 0, 1, false,
+           stream, x, minus, scale, count, to);
+    return;
+  }
   launch("to_half", half_kernel, grid_of(tokens, ld), kThreads, 0, 1, false, stream, x, minus, scale, tokens,
-         k, static_cast<__half*>(y), ld);
+         k, to, ld);
 }
 
 }  // namespace q4s

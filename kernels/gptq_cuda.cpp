@@ -158,6 +158,47 @@ struct GptqCuda::State {
       unsplit_add_cuda(memory.heard, memory.left.scale, right.scale, p.n, rest, -1, x + end, p.k, stream);
     }
   }
+  // In f32 or f64.
+  template <typename T>
+  bool factor(const float* h, const int32_t* order, float* u, int64_t k) {
+    constexpr bool kDouble = sizeof(T) == 8;
+    const auto potrf_size = [&](auto* a, int* size) {
+      if constexpr (kDouble)
+        return cusolverDnDpotrf_bufferSize(solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), size);
+      else
+        return cusolverDnSpotrf_bufferSize(solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), size);
+    };
+    T *a = nullptr, *b = nullptr, *work = nullptr;
+    int size = 0;
+    check(potrf_size(a, &size), "factor");
+    Cut cut(memory);
+    cut(a, k * k)(b, k * k)(work, size).take();
+    flags.clear(2, stream);
+    gptq_factor_begin_cuda(h, order, a, b, k, stream);
+    // With rows and columns reversed, a = L L^T and b = L^-1, both row-major lower: the library's upper.
+    if constexpr (kDouble)
+      check(cusolverDnDpotrf(solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), work, size, flags.get() + 1),
+            "factor");
+    else
+      check(cusolverDnSpotrf(solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), work, size, flags.get() + 1),
+            "factor");
+    const T one = 1;
+    for (int64_t j = 0; j < k;
+         j += kInverseColumns) {  // what stands below a column of the inverse stays zero
+      const int columns = int(std::min(kInverseColumns, k - j)), rows = int(j) + columns;
+      T* to = b + j * k;
+      if constexpr (kDouble)
+        check(cublasDtrsm(blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT,
+                          rows, columns, &one, a, int(k), to, int(k)),
+              "inverse");
+      else
+        check(cublasStrsm(blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT,
+                          rows, columns, &one, a, int(k), to, int(k)),
+              "inverse");
+    }
+    gptq_factor_end_cuda(b, u, flags.get(), k, stream);
+    return !flagged();
+  }
   bool flagged() {
     int bad[2];
     flags.download(bad, 2, stream);
@@ -214,27 +255,8 @@ void GptqCuda::finish_statistics() {
 
 void GptqCuda::drop_statistics() { s_->pending = {}; }
 
-bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k) {
-  int size = 0;
-  check(cusolverDnDpotrf_bufferSize(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), nullptr, int(k), &size),
-        "factor");
-  double *a, *b, *work;
-  Cut(s_->memory)(a, k * k)(b, k * k)(work, size).take();
-  s_->flags.clear(2, s_->stream);
-  gptq_factor_begin_cuda(h, order, a, b, k, s_->stream);
-  // With rows and columns reversed, a = L L^T and b = L^-1, both row-major lower: the library's upper.
-  check(cusolverDnDpotrf(s_->solver, CUBLAS_FILL_MODE_UPPER, int(k), a, int(k), work, size,
-                         s_->flags.get() + 1),
-        "factor");
-  const double one = 1;
-  for (int64_t j = 0; j < k; j += kInverseColumns) {  // what stands below a column of the inverse stays zero
-    const int64_t columns = std::min(kInverseColumns, k - j);
-    check(cublasDtrsm(s_->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT,
-                      int(j + columns), int(columns), &one, a, int(k), b + j * k, int(k)),
-          "inverse");
-  }
-  gptq_factor_end_cuda(b, u, s_->flags.get(), k, s_->stream);
-  return !s_->flagged();
+bool GptqCuda::factor(const float* h, const int32_t* order, float* u, int64_t k, bool exact) {
+  return exact ? s_->factor<double>(h, order, u, k) : s_->factor<float>(h, order, u, k);
 }
 
 bool GptqCuda::correct(const GptqCorrectArgs& a) {
@@ -293,27 +315,37 @@ void GptqCuda::sweep(const GptqRefineArgs& a) {
 }
 
 void GptqCuda::refit(const GptqRefineArgs& a) {
-  const int64_t k = a.k, groups = ceil_div(k, a.group);
+  const int64_t k = a.k, groups = ceil_div(k, a.group), ld = round_up(k, 8);
   const int64_t most = std::clamp<int64_t>(kSystemBytes / (groups * groups * 8), 1, a.n);
-  float *levels, *product;
+  float* product;
+  uint16_t* levels;  // each level and its part by kSplitLow, which fp16 holds exactly
   double *m, *b;
   SplitMatrix left, right;
   Cut cut(s_->memory);
-  cut(levels, most * k)(product, most * k)(m, most * groups * groups)(b, most * groups);
-  cut(left, most, k, false)(right, k, k, true).take();
+  cut(product, most * k)(levels, most * 2 * k)(m, most * groups * groups)(b, most * groups);
+  cut(left, most, k, false)(right.high, 2 * k * ld)(right.scale, k).take();
+  // Rows of high and of low in turn: with pairs of levels, one product is that of both.
+  right.low = right.high + ld;
+  right.rows = right.cols = k, right.by_column = true, right.stride = 2 * ld;
   split_cuda(a.h, right, s_->stream);
   for (int64_t row = 0; row < a.n; row += most) {
     const int64_t n = std::min(most, a.n - row);
-    gptq_levels_cuda({nullptr, nullptr, a.codes + row * k, n, k, a.group, a.levels}, levels, s_->stream);
+    gptq_levels_cuda({nullptr, nullptr, a.codes + row * k, n, k, a.group, a.levels}, levels, 1 / kSplitLow,
+                     s_->stream);
     left.rows = n;
     split_cuda(a.w + row * k, left, s_->stream);
     s_->product(left, right, 1, product);
-    gptq_group_dots_cuda(product, levels, b, n, k, a.group, 0, groups, s_->stream);
+    gptq_group_dots_cuda(product, levels, nullptr, b, n, k, a.group, 0, groups, s_->stream);
     for (int64_t g = 0; g < groups; ++g) {  // column g of every system
       const int64_t begin = g * a.group, size = std::min(a.group, k - begin);
-      s_->product(false, false, n, k - begin, size, 1, levels + begin, k, a.h + begin * k + begin, k, 0,
-                  product + begin, k);
-      gptq_group_dots_cuda(product, levels, m + g * groups, n, k, a.group, g, groups * groups, s_->stream);
+      const float one = 1, zero = 0;
+      check(cublasGemmEx(s_->blas, CUBLAS_OP_N, CUBLAS_OP_N, int(k - begin), int(n), int(2 * size), &one,
+                         right.high + 2 * begin * ld + begin, CUDA_R_16F, int(ld), levels + 2 * begin,
+                         CUDA_R_16F, int(2 * k), &zero, product + begin, CUDA_R_32F, int(k),
+                         CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+            "refit");
+      gptq_group_dots_cuda(product, levels, right.scale, m + g * groups, n, k, a.group, g, groups * groups,
+                           s_->stream);
     }
     gptq_refit_rows_cuda(m, b, a.scales + row * groups, n, groups, s_->stream);
   }

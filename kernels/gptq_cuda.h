@@ -60,9 +60,9 @@ class GptqCuda {
   void statistics(const GptqStatisticsArgs&);
   void finish_statistics();
   void drop_statistics();
-  // u (K, K) = upper Cholesky factor of the inverse of h (K, K, symmetric) in `order`, in f64 throughout.
-  // False: not positive definite, or not finite. Waits.
-  bool factor(const float* h, const int32_t* order, float* u, int64_t k);
+  // u (K, K) = upper Cholesky factor of the inverse of h (K, K, symmetric) in `order`, in f64 throughout, or
+  // in f32. False: not positive definite, or not finite. Waits.
+  bool factor(const float* h, const int32_t* order, float* u, int64_t k, bool exact = true);
   // False: the change is not finite and w is as it was. Waits.
   bool correct(const GptqCorrectArgs&);
   void solve(const GptqSolveArgs&);  // a.w in `order`, overwritten

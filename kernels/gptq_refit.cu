@@ -1,4 +1,5 @@
-// Per-row sums and small systems in f64: the refit of scales and the losses of the report. kernels/gptq_steps.h.
+// Per-row sums and small systems in f64: the refit of scales and the losses of the report.
+// kernels/gptq_steps.h.
 #include <limits>
 
 #include "kernels/block_reduce.cuh"
@@ -15,14 +16,19 @@ constexpr int kSumThreads = 256;
 constexpr size_t kMostShared = 150 * 1024;
 
 // A warp a (row, group).
-__global__ void __launch_bounds__(kWarps * 32) group_dots_kernel(const float* a, const float* b, double* out, int64_t n,
-                                                               int64_t k, int64_t group, int64_t first,
-                                                               int64_t groups, int64_t stride) {
+__global__ void __launch_bounds__(kWarps * 32)
+    group_dots_kernel(const float* a, const __half2* levels, const float* over, double* out, int64_t n,
+                      int64_t k, int64_t group, int64_t first, int64_t groups, int64_t stride) {
   const int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, count = groups - first;
   if (index >= n * count) return;
-  const int64_t row = index / count, g = first + index % count, begin = g * group, end = min(k, begin + group);
+  const int64_t row = index / count, g = first + index % count, begin = g * group,
+                end = min(k, begin + group);
   double sum = 0;
-  for (int64_t j = begin + threadIdx.x % 32; j < end; j += 32) sum += double(a[row * k + j]) * double(b[row * k + j]);
+#pragma unroll 4
+  for (int64_t j = begin + threadIdx.x % 32; j < end; j += 32) {
+    const float v = over ? a[row * k + j] / over[j] : a[row * k + j];
+    sum += double(v) * double(__low2float(levels[row * k + j]));
+  }
   for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
   if (threadIdx.x % 32 == 0) out[row * stride + g] = sum;
 }
@@ -38,10 +44,10 @@ __device__ double quadratic(const double* m, const double* b, const double* s, i
   return block_reduce<kThreads>(sum, shared, 0.0, [](double x, double y) { return x + y; });
 }
 
-// A block a row. The factorisation works on a copy in shared memory, packed column by column, or in place where that
-// would not fit (then both quadratics come first).
-__global__ void __launch_bounds__(kThreads) refit_kernel(double* matrices, double* vectors, uint16_t* scales, int g,
-                                                         bool packed) {
+// A block a row. The factorisation works on a copy in shared memory, packed column by column, or in place
+// where that would not fit (then both quadratics come first).
+__global__ void __launch_bounds__(kThreads)
+    refit_kernel(double* matrices, double* vectors, uint16_t* scales, int g, bool packed) {
   extern __shared__ double work[];  // old (g), next (g), rounded (g), then the packed triangle
   __shared__ double reduce[32];
   double* m = matrices + int64_t(blockIdx.x) * g * g;
@@ -79,8 +85,10 @@ __global__ void __launch_bounds__(kThreads) refit_kernel(double* matrices, doubl
     for (int i = j + threadIdx.x; i < g; i += kThreads) {
       double s = packed ? column(j)[i] : m[int64_t(j) * g + i];
       for (int l = 0; l < j; ++l) s -= at(i, l) * at(j, l);
-      if (i == j) diagonal[j] = s;
-      else at(i, j) = s;
+      if (i == j)
+        diagonal[j] = s;
+      else
+        at(i, j) = s;
     }
     __syncthreads();
     const double d = diagonal[j];
@@ -110,8 +118,9 @@ __global__ void __launch_bounds__(kThreads) refit_kernel(double* matrices, doubl
   for (int i = threadIdx.x; i < g; i += kThreads) scale[i] = scale_bits(float(next[i]));
 }
 
-__global__ void __launch_bounds__(kSumThreads) row_sums_kernel(const float* e, const float* eh, const float* w,
-                                                             const float* wh, RowSums* sums, int64_t k) {
+__global__ void __launch_bounds__(kSumThreads)
+    row_sums_kernel(const float* e, const float* eh, const float* w, const float* wh, RowSums* sums,
+                    int64_t k) {
   __shared__ double shared[32];
   const auto add = [](double x, double y) { return x + y; };
   const int64_t row = blockIdx.x * k;
@@ -135,8 +144,8 @@ __global__ void __launch_bounds__(kSumThreads) row_sums_kernel(const float* e, c
   if (threadIdx.x == 0) sums[blockIdx.x] = s;
 }
 
-__global__ void __launch_bounds__(kSumThreads) distance_kernel(const float* x, const float* x_full, double* sums,
-                                                             int64_t count, int64_t piece) {
+__global__ void __launch_bounds__(kSumThreads)
+    distance_kernel(const float* x, const float* x_full, double* sums, int64_t count, int64_t piece) {
   __shared__ double shared[32];
   const auto add = [](double a, double b) { return a + b; };
   const int64_t begin = blockIdx.x * piece, end = min(count, begin + piece);
@@ -155,26 +164,29 @@ __global__ void __launch_bounds__(kSumThreads) distance_kernel(const float* x, c
 
 void gptq_distance_cuda(const float* x, const float* x_full, double* sums, int64_t count, int64_t piece,
                         cudaStream_t stream) {
-  launch("distance", distance_kernel, unsigned(ceil_div(count, piece)), kSumThreads, 0, 1, false, stream, x, x_full, sums,
-         count, piece);
+  launch("distance", distance_kernel, unsigned(ceil_div(count, piece)), kSumThreads, 0, 1, false, stream, x,
+         x_full, sums, count, piece);
 }
 
-void gptq_group_dots_cuda(const float* a, const float* b, double* out, int64_t n, int64_t k, int64_t group,
-                          int64_t first, int64_t stride, cudaStream_t stream) {
+void gptq_group_dots_cuda(const float* a, const uint16_t* levels, const float* over, double* out, int64_t n,
+                          int64_t k, int64_t group, int64_t first, int64_t stride, cudaStream_t stream) {
   const int64_t groups = ceil_div(k, group);
-  launch("refit", group_dots_kernel, unsigned(ceil_div(n * (groups - first), kWarps)), kWarps * 32, 0, 1, false, stream,
-         a, b, out, n, k, group, first, groups, stride);
+  launch("refit", group_dots_kernel, unsigned(ceil_div(n * (groups - first), kWarps)), kWarps * 32, 0, 1,
+         false, stream, a, reinterpret_cast<const __half2*>(levels), over, out, n, k, group, first, groups,
+         stride);
 }
 
-void gptq_refit_rows_cuda(double* m, double* b, uint16_t* scales, int64_t n, int64_t groups, cudaStream_t stream) {
-  const size_t vectors = size_t(3 * groups) * sizeof(double), all = vectors + size_t(groups * (groups + 1) / 2) * 8;
+void gptq_refit_rows_cuda(double* m, double* b, uint16_t* scales, int64_t n, int64_t groups,
+                          cudaStream_t stream) {
+  const size_t vectors = size_t(3 * groups) * sizeof(double),
+               all = vectors + size_t(groups * (groups + 1) / 2) * 8;
   const bool packed = all <= kMostShared;
   launch("refit", refit_kernel, unsigned(n), kThreads, packed ? all : vectors, 1, false, stream, m, b, scales,
          int(groups), packed);
 }
 
-void gptq_row_sums_cuda(const float* e, const float* eh, const float* w, const float* wh, RowSums* sums, int64_t n,
-                        int64_t k, cudaStream_t stream) {
+void gptq_row_sums_cuda(const float* e, const float* eh, const float* w, const float* wh, RowSums* sums,
+                        int64_t n, int64_t k, cudaStream_t stream) {
   launch("losses", row_sums_kernel, unsigned(n), kSumThreads, 0, 1, false, stream, e, eh, w, wh, sums, k);
 }
 

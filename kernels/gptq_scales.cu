@@ -1,5 +1,5 @@
-// Scales of groups and plain rounding on the GPU, the same bits as on the CPU: a warp searches for a group, its lanes
-// being the candidates; then a thread a group polishes what was found. Contract: kernels/gptq.h.
+// Scales of groups and plain rounding on the GPU, the same bits as on the CPU: a warp searches for a group,
+// its lanes being the candidates; then a thread a group polishes what was found. Contract: kernels/gptq.h.
 #include "kernels/gptq_device.cuh"
 #include "kernels/gptq_steps.h"
 #include "kernels/pdl.cuh"
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(GptqScalesArgs a, int6
   a.scales[index] = scale_of(bits) == 0.0f ? 0 : bits;
 }
 
-enum class What { kCode, kError, kLevel };
+enum class What { kCode, kError };
 
 template <What what>
 __global__ void __launch_bounds__(kThreads) round_kernel(GptqRoundArgs a, float* out) {
@@ -118,15 +118,21 @@ __global__ void __launch_bounds__(kThreads) round_kernel(GptqRoundArgs a, float*
   const int64_t groups = (a.k + a.group - 1) / a.group, g = j / a.group;
   for (int64_t row = blockIdx.y; row < a.n; row += gridDim.y) {
     const int64_t i = row * a.k + j;
-    if (what == What::kLevel) {
-      out[i] = level_of(a.codes[i], a.levels);
-      continue;
-    }
     const float scale = scale_of(a.scales[row * groups + g]);
     if (what == What::kError)
       out[i] = __fsub_rn(a.w[i], value_of(a.codes[i], scale, a.levels));
     else
       a.codes[i] = uint8_t(code_of(a.w[i], scale, inverse_of(scale), a.levels));
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) levels_kernel(GptqRoundArgs a, __half2* out, float part) {
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (j >= a.k) return;
+  for (int64_t row = blockIdx.y; row < a.n; row += gridDim.y) {
+    const int64_t i = row * a.k + j;
+    const float level = level_of(a.codes[i], a.levels);
+    out[i] = __floats2half2_rn(level, level * part);
   }
 }
 
@@ -141,10 +147,11 @@ void gptq_scales_cuda(const GptqScalesArgs& a, cudaStream_t stream) {
   if (all == 0) return;
   if (a.search) {
     const unsigned blocks = unsigned(ceil_div(all, kWarps));
-    launch("scales", a.levels.negative ? search_kernel<5> : search_kernel<3>, blocks, kWarps * 32, 0, 1, false, stream, a,
-           groups);
+    launch("scales", a.levels.negative ? search_kernel<5> : search_kernel<3>, blocks, kWarps * 32, 0, 1,
+           false, stream, a, groups);
   }
-  launch("scales", finish_kernel, unsigned(ceil_div(all, kThreads)), kThreads, 0, 1, false, stream, a, groups);
+  launch("scales", finish_kernel, unsigned(ceil_div(all, kThreads)), kThreads, 0, 1, false, stream, a,
+         groups);
 }
 
 void gptq_round_cuda(const GptqRoundArgs& a, cudaStream_t stream) {
@@ -154,8 +161,9 @@ void gptq_round_cuda(const GptqRoundArgs& a, cudaStream_t stream) {
 void gptq_error_cuda(const GptqRoundArgs& a, float* out, cudaStream_t stream) {
   launch("error", round_kernel<What::kError>, round_grid(a), kThreads, 0, 1, false, stream, a, out);
 }
-void gptq_levels_cuda(const GptqRoundArgs& a, float* out, cudaStream_t stream) {
-  launch("levels", round_kernel<What::kLevel>, round_grid(a), kThreads, 0, 1, false, stream, a, out);
+void gptq_levels_cuda(const GptqRoundArgs& a, uint16_t* out, float part, cudaStream_t stream) {
+  launch("levels", levels_kernel, round_grid(a), kThreads, 0, 1, false, stream, a,
+         reinterpret_cast<__half2*>(out), part);
 }
 
 }  // namespace q4s

@@ -32,13 +32,15 @@ struct GptqPanelArgs {
 void gptq_solve_panel_cuda(const GptqPanelArgs&, cudaStream_t);
 void gptq_sweep_panel_cuda(const GptqPanelArgs&, cudaStream_t);
 
-// out (N, K) = w - value(code), and q + shift.
+// out (N, K) = w - value(code).
 void gptq_error_cuda(const GptqRoundArgs&, float* out, cudaStream_t);
-void gptq_levels_cuda(const GptqRoundArgs&, float* out, cudaStream_t);
+// out (N, K, 2) fp16: level and `part` of it in turn, `part` a power of two with which they are exact.
+void gptq_levels_cuda(const GptqRoundArgs&, uint16_t* out, float part, cudaStream_t);
 
-// out[i * stride + g], g in [first, G): sum over group g of a * b in f64, for each of n rows.
-void gptq_group_dots_cuda(const float* a, const float* b, double* out, int64_t n, int64_t k, int64_t group,
-                          int64_t first, int64_t stride, cudaStream_t);
+// out[i * stride + g], g in [first, G): sum over group g of a * level in f64, for each of n rows; levels as
+// above. a (N, K) is first divided by over (K), powers of two, where that is not null.
+void gptq_group_dots_cuda(const float* a, const uint16_t* levels, const float* over, double* out, int64_t n,
+                          int64_t k, int64_t group, int64_t first, int64_t stride, cudaStream_t);
 // The refit's small systems: m (N, G, G) lower triangle column by column, b (N, G), both overwritten; scales
 // (N, G).
 void gptq_refit_rows_cuda(double* m, double* b, uint16_t* scales, int64_t n, int64_t groups, cudaStream_t);
@@ -51,10 +53,13 @@ void gptq_row_sums_cuda(const float* e, const float* eh, const float* w, const f
 void gptq_distance_cuda(const float* x, const float* x_full, double* sums, int64_t count, int64_t piece,
                         cudaStream_t);
 
-// Factorisation: a (K, K) f64 = h with rows and columns in reversed `order`, b (K, K) the identity; later
-// u[i, j] = b[K-1-i, K-1-j] of a row-major lower b. *bad becomes 1 where u is not finite.
+// Factorisation, in f32 or f64: a (K, K) = h with rows and columns in reversed `order`, b (K, K) the
+// identity; later u[i, j] = b[K-1-i, K-1-j] of a row-major lower b. *bad becomes 1 where u is not finite.
+void gptq_factor_begin_cuda(const float* h, const int32_t* order, float* a, float* b, int64_t k,
+                            cudaStream_t);
 void gptq_factor_begin_cuda(const float* h, const int32_t* order, double* a, double* b, int64_t k,
                             cudaStream_t);
+void gptq_factor_end_cuda(const float* b, float* u, int* bad, int64_t k, cudaStream_t);
 void gptq_factor_end_cuda(const double* b, float* u, int* bad, int64_t k, cudaStream_t);
 
 // out (N, K): out[i, j] = in[i, index[j]], or += it.

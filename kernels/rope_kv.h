@@ -16,7 +16,8 @@ struct Placement {
   const int32_t* sequence;  // (T) in [0, sequences)
 };
 
-// The cache of one layer: k and v are each (sequences*ctx, Hkv*head_dim) of `type`.
+// The cache of one layer: k and v are each (sequences*ctx, Hkv*head_dim) of `type`. Where decoding sequences
+// lie over each other, ctx is the distance between two, and positions may pass it.
 struct KvLayer {
   void* k;
   void* v;
@@ -29,7 +30,7 @@ struct RopeKvArgs {
   const float* table;  // (ctx, head_dim/2, 2) cos, sin
   Placement at;
   KvLayer kv;
-  float* q;            // (T, H * head_dim)
+  float* q;  // (T, H * head_dim)
   int64_t tokens, heads, kv_heads, head_dim;
 };
 void rope_kv_cpu(const RopeKvArgs&, Part = {});  // the definition, in double

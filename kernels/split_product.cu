@@ -48,16 +48,32 @@ __global__ void __launch_bounds__(kThreads) column_scale_kernel(float* scale, in
   if (j < cols) scale[j] = scale_for(__float_as_uint(scale[j]));
 }
 
-__global__ void __launch_bounds__(kThreads) split_kernel(const float* x, SplitMatrix s, int64_t ld) {
-  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (j >= ld) return;
-  const float column = s.by_column && j < s.cols ? s.scale[j] : 1.0f;
-  __half *high = reinterpret_cast<__half*>(s.high), *low = reinterpret_cast<__half*>(s.low);
+// Four columns a thread; what lies past the last one is zero.
+__global__ void __launch_bounds__(kThreads)
+    split_kernel(const float* x, SplitMatrix s, int64_t padded, int64_t ld) {
+  const int64_t j = 4 * (int64_t(blockIdx.x) * kThreads + threadIdx.x);
+  if (j >= padded) return;
+  const bool whole = s.cols % 4 == 0;  // rows of x are aligned, and end with a four
+  float column[4];
+  for (int q = 0; q < 4; ++q) column[q] = s.by_column && j + q < s.cols ? s.scale[j + q] : 1.0f;
   for (int64_t i = blockIdx.y; i < s.rows; i += gridDim.y) {
-    const float v = j < s.cols ? x[i * s.cols + j] * (s.by_column ? column : s.scale[i]) : 0.0f;
-    const __half h = __float2half_rn(v);
-    high[i * ld + j] = h;
-    low[i * ld + j] = __float2half_rn((v - __half2float(h)) * kSplitLow);
+    const float row = s.by_column ? 1.0f : s.scale[i];
+    float v[4] = {};
+    if (whole && j < s.cols) {
+      const float4 f = *reinterpret_cast<const float4*>(x + i * s.cols + j);
+      v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+    } else {
+      for (int q = 0; q < 4; ++q) v[q] = j + q < s.cols ? x[i * s.cols + j + q] : 0.0f;
+    }
+    __align__(8) __half high[4], low[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      v[q] *= column[q] * row;
+      high[q] = __float2half_rn(v[q]);
+      low[q] = __float2half_rn((v[q] - __half2float(high[q])) * kSplitLow);
+    }
+    *reinterpret_cast<uint2*>(s.high + i * ld + j) = *reinterpret_cast<const uint2*>(high);
+    *reinterpret_cast<uint2*>(s.low + i * ld + j) = *reinterpret_cast<const uint2*>(low);
   }
 }
 
@@ -97,8 +113,9 @@ void split_cuda(const float* x, const SplitMatrix& s, cudaStream_t stream) {
   } else {
     launch("split", row_scale_kernel, unsigned(s.rows), kThreads, 0, 1, false, stream, x, s.scale, s.cols);
   }
-  launch("split", split_kernel, dim3(blocks_of(s.ld()), strides_of(s.rows)), kThreads, 0, 1, false, stream, x,
-         s, s.ld());
+  const int64_t padded = round_up(s.cols, 8);
+  launch("split", split_kernel, dim3(blocks_of(ceil_div(padded, 4)), strides_of(s.rows)), kThreads, 0, 1,
+         false, stream, x, s, padded, s.ld());
 }
 
 void unsplit_cuda(float* y, const float* row, const float* column, int64_t m, int64_t n, float alpha,

@@ -34,7 +34,8 @@ struct Session::Fed {
 
 namespace {
 
-// Bytes of logits that a prefill step computes at most: feed_all() and score() want many rows, and a vocabulary is wide.
+// Bytes of logits that a prefill step computes at most: feed_all() and score() want many rows, and a
+// vocabulary is wide.
 constexpr int64_t kMaxLogitBytes = 64 << 20;
 
 SessionOptions complete(const LlamaModel& m, const Backend& b, SessionOptions o) {
@@ -42,19 +43,23 @@ SessionOptions complete(const LlamaModel& m, const Backend& b, SessionOptions o)
   if (o.ctx < 1 || o.ctx > m.config.context)
     throw Error(ErrorKind::kUsage, "context " + std::to_string(o.ctx) + ": the model allows 1.." +
                                        std::to_string(m.config.context));
-  if (o.sequences < 1 || o.chunk < 0) throw Error(ErrorKind::kUsage, "sequences must be at least 1, chunk not negative");
+  if (o.sequences < 1 || o.chunk < 0)
+    throw Error(ErrorKind::kUsage, "sequences must be at least 1, chunk not negative");
   o.chunk = std::min(o.chunk ? o.chunk : b.prompt_step(), o.ctx);
   return o;
 }
 
-Counts decode_counts(const SessionOptions& o) { return {o.sequences, o.sequences}; }
+Counts decode_counts(const SessionOptions& o) {
+  const int rows = o.together ? std::min(o.together, o.sequences) : o.sequences;
+  return {rows, rows};
+}
 Counts prefill_counts(const LlamaModel& m, const SessionOptions& o) {
   const int64_t most = kMaxLogitBytes / (4 * m.config.vocab);
   return {o.chunk, std::clamp<int64_t>(most < 64 ? most : most / 64 * 64, 1, o.chunk)};  // whole tiles
 }
 
 KvCache cache_of(const LlamaModel& m, const SessionOptions& o) {
-  return {nullptr, o.kv, m.config.layers, o.sequences, o.ctx, m.config.kv_dim()};
+  return {nullptr, o.kv, m.config.layers, o.sequences, o.ctx, m.config.kv_dim(), o.stride};
 }
 
 // Scratch lies behind the arena.
@@ -73,10 +78,11 @@ void require_memory(LlamaModel& m, const Backend& b, const MemoryPlan& p) {
     if (w->device) there += b.weight_bytes(*w);
   if (!free || p.total() - there <= *free) return;
   const auto mib = [](size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; };
-  throw Error(ErrorKind::kResource, "out of memory on " + b.describe() + ": weights " + mib(p.weights - there) +
-                                        ", KV cache " + mib(p.kv) + ", activations " + mib(p.arena) + ", scratch " +
-                                        mib(p.scratch) + ", in all " + mib(p.total() - there) + "; free: " +
-                                        mib(*free) + ". A shorter context, fewer sequences or a smaller chunk need less");
+  throw Error(ErrorKind::kResource, "out of memory on " + b.describe() + ": weights " +
+                                        mib(p.weights - there) + ", KV cache " + mib(p.kv) +
+                                        ", activations " + mib(p.arena) + ", scratch " + mib(p.scratch) +
+                                        ", in all " + mib(p.total() - there) + "; free: " + mib(*free) +
+                                        ". A shorter context, fewer sequences or a smaller chunk need less");
 }
 
 }  // namespace
@@ -99,7 +105,10 @@ MemoryPlan Session::plan(LlamaModel& m, Backend& b, SessionOptions o) {
 }
 
 Session::Session(LlamaModel& model, Backend& backend, SessionOptions options)
-    : model_(model), backend_(backend), options_(complete(model, backend, options)), kv_(cache_of(model, options_)),
+    : model_(model),
+      backend_(backend),
+      options_(complete(model, backend, options)),
+      kv_(cache_of(model, options_)),
       lengths_(size_t(options_.sequences)) {
   fill_rope(model, options_.ctx);
   memory_ = plan(model, backend, options_);
@@ -128,16 +137,21 @@ void Session::run(Plan& p, std::span<const TokenAt> batch, std::span<const int32
   p.token.clear(), p.sequence.clear(), p.position.clear();
   for (const TokenAt& t : batch) {
     if (t.token < 0 || t.token >= model_.config.vocab)
-      throw Error(ErrorKind::kUsage, "token " + std::to_string(t.token) + " is outside the model's vocabulary of " +
+      throw Error(ErrorKind::kUsage, "token " + std::to_string(t.token) +
+                                         " is outside the model's vocabulary of " +
                                          std::to_string(model_.config.vocab));
     p.token.push_back(t.token), p.sequence.push_back(t.sequence), p.position.push_back(t.position);
   }
   p.wanted.assign(wanted.begin(), wanted.end());
-  const auto put = [&](Tensor* t, const std::vector<int32_t>& v) { backend_.write(t->data, v.data(), 4 * v.size()); };
-  put(p.in.token, p.token), put(p.in.sequence, p.sequence), put(p.in.position, p.position), put(p.in.wanted, p.wanted);
-  const int64_t reach = 1 + std::max_element(batch.begin(), batch.end(), [](const TokenAt& a, const TokenAt& b) {
-                              return a.position < b.position;
-                            })->position;
+  const auto put = [&](Tensor* t, const std::vector<int32_t>& v) {
+    backend_.write(t->data, v.data(), 4 * v.size());
+  };
+  put(p.in.token, p.token), put(p.in.sequence, p.sequence), put(p.in.position, p.position),
+      put(p.in.wanted, p.wanted);
+  const int64_t reach =
+      1 + std::max_element(batch.begin(), batch.end(), [](const TokenAt& a, const TokenAt& b) {
+            return a.position < b.position;
+          })->position;
   backend_.run(p.graph, {int64_t(batch.size()), int64_t(wanted.size()), reach, apart}, kv_, scratch_);
 }
 
@@ -184,7 +198,8 @@ void Session::feed_all(std::span<const int32_t> tokens, int sequence, int64_t fi
   const size_t vocab = size_t(model_.config.vocab);
   feed_steps(tokens, sequence, first, [&](const Fed& f) {
     const std::span<const float> logits = read_logits(f.plan, f.batch, f.wanted);
-    for (size_t i = 0; i < f.wanted.size(); ++i) visit(f.from + f.wanted[i], logits.subspan(i * vocab, vocab));
+    for (size_t i = 0; i < f.wanted.size(); ++i)
+      visit(f.from + f.wanted[i], logits.subspan(i * vocab, vocab));
   });
 }
 
@@ -219,7 +234,8 @@ void Session::score(std::span<const int32_t> tokens, int sequence, std::span<con
 
 std::span<const float> Session::feed(std::span<const int32_t> tokens, int sequence) {
   std::span<const float> last;
-  feed_all(tokens, sequence, int64_t(tokens.size()) - 1, [&](int64_t, std::span<const float> l) { last = l; });
+  feed_all(tokens, sequence, int64_t(tokens.size()) - 1,
+           [&](int64_t, std::span<const float> l) { last = l; });
   return last;
 }
 
@@ -230,8 +246,8 @@ std::span<const float> Session::step(std::span<const std::pair<int, int32_t>> it
   for (const auto& [sequence, token] : items) {
     int64_t& length = lengths_.at(size_t(sequence));
     if (length >= options_.ctx)
-      throw Error(ErrorKind::kUsage, "sequence " + std::to_string(sequence) + " is at the end of its context of " +
-                                         std::to_string(options_.ctx));
+      throw Error(ErrorKind::kUsage, "sequence " + std::to_string(sequence) +
+                                         " is at the end of its context of " + std::to_string(options_.ctx));
     batch.push_back({token, sequence, int32_t(length)});
   }
   run(*decode_, batch, wanted, true);
@@ -245,7 +261,8 @@ void Session::decode(std::span<const Next> rows, int64_t steps, const OnStep& vi
   const int64_t window = o.repeat_last_n < 0 ? ctx() : o.repeat_last_n, vocab = model_.config.vocab;
   for (const Next& r : rows)
     if (length(r.sequence) + steps > ctx())
-      throw Error(ErrorKind::kUsage, std::to_string(steps) + " steps after " + std::to_string(length(r.sequence)) +
+      throw Error(ErrorKind::kUsage, std::to_string(steps) + " steps after " +
+                                         std::to_string(length(r.sequence)) +
                                          " tokens do not fit the context of " + std::to_string(ctx()));
   DecodeLoop loop{.graph = &decode_->graph,
                   .token = decode_->in.token,
@@ -284,7 +301,9 @@ void Session::decode(std::span<const Next> rows, int64_t steps, const OnStep& vi
     wanted.push_back(int32_t(i));
     loop.rows.push_back({at.back(), s.sequence(), s.step(), {last.begin(), last.end()}});
   }
-  const auto put = [&](Tensor* t, const std::vector<int32_t>& v) { backend_.write(t->data, v.data(), 4 * v.size()); };
+  const auto put = [&](Tensor* t, const std::vector<int32_t>& v) {
+    backend_.write(t->data, v.data(), 4 * v.size());
+  };
   put(decode_->in.token, next), put(decode_->in.position, at);
   put(decode_->in.sequence, sequence), put(decode_->in.wanted, wanted);
   backend_.decode(loop, kv_, scratch_, [&](int64_t i, std::span<const int32_t> drawn) {

@@ -78,11 +78,10 @@ class BlockWalk {
     }
     w_ = Buffer(backend, largest, "weights of a linear");
     if (!calibration) return;
-    const WalkShape shape =
-        walk_shape(c_, o_, calibration->samples, calibration->seq_len, backend.name() == "cuda");
+    shape_ = walk_shape(c_, o_, calibration->samples, calibration->seq_len, backend.name() == "cuda");
     seq_len_ = calibration->seq_len;
     tokens_ = calibration->samples * seq_len_;
-    chunk_ = shape.chunk;
+    chunk_ = shape_.chunk;
     rope_ = make_weight_f32("rope", seq_len_, c_.head_dim, rope_table(c_, seq_len_));
     backend.load(rope_);
     quant_ = std::make_unique<BlockRunner>(c_, backend, *work_, rope_, seq_len_, chunk_);
@@ -91,8 +90,9 @@ class BlockWalk {
       return Activations(backend, *work_, tokens_, cols, chunk_, purpose);
     };
     x_ = rest(c_.dim, "the residual stream");
-    if (shape.holds_o) hold_o_ = rest(c_.q_dim(), "inputs of o");
-    if (shape.holds_down) hold_down_ = rest(c_.hidden, "inputs of down");
+    held_ = Buffer::of_bytes(backend, size_t(shape_.held_bytes), "inputs of o and down");
+    hold_o_ = Activations(*work_, c_.q_dim(), held_.bytes(), in_.get());
+    hold_down_ = Activations(*work_, c_.hidden, held_.bytes(), in_.get());
     // An untied table of the file is rotated already.
     embed(c_, backend, *calibration, frame.embed.view, o_.rotate && c_.rotated ? &r1_ : nullptr, chunk_, x_);
     if (!o_.corrects()) return;
@@ -143,11 +143,13 @@ class BlockWalk {
   // The unit's weights into w_, and to the full-precision runner.
   void load(int64_t index, Unit u, const BlockNorms& norms) {
     clock_->enter(Stage::kLoad);
-    work_->load(unit_weight(model_.weights.blocks.at(index), u), w_.get());
-    if (o_.order_hidden) {
-      if (u == Unit::kGateUp) order_ = hidden_order(model_.weights.blocks[index].down, team_);
-      order_hidden(*work_, c_, u, w_.get(), order_);
+    const LlamaBlock& block = model_.weights.blocks.at(index);
+    if (o_.order_hidden && u == Unit::kGateUp) {
+      work_->load(block.down, w_.get());
+      order_ = hidden_order(*work_, w_.get(), c_.dim, c_.hidden);
     }
+    work_->load(unit_weight(block, u), w_.get());
+    if (o_.order_hidden) order_hidden(*work_, c_, u, w_.get(), order_);
     if (o_.rotate) rotate_unit(*work_, c_, u, w_.get(), norms, r1_, r2_);
     if (full_) full_->set(u, w_.get());
   }
@@ -166,11 +168,19 @@ class BlockWalk {
     if (u == Unit::kDown) runner.add_mlp(in, x, n);
   }
 
+  // Where the inputs of o or down of the tokens [t, t + n) are held, or null.
+  Activations* hold(Unit u, int64_t t, int64_t n) {
+    if (u == Unit::kO) return t + n <= shape_.held_o ? &hold_o_ : nullptr;
+    if (u == Unit::kDown) return t + n <= shape_.held_down ? &hold_down_ : nullptr;
+    return nullptr;
+  }
+
   // Moves the quantised stream over o or down, once that is quantised: from its inputs if they were held,
   // else made again.
-  void pass(Unit u, Activations& hold, int64_t t, int64_t n, float* x) {
-    float* in = hold ? hold.open(t, n) : in_.get();
-    if (!hold) inputs(*quant_, u, x, in, n);
+  void pass(Unit u, int64_t t, int64_t n, float* x) {
+    Activations* held = hold(u, t, n);
+    float* in = held ? held->open(t, n) : in_.get();
+    if (!held) inputs(*quant_, u, x, in, n);
     add_output(*quant_, u, in, x, n);
   }
 
@@ -182,18 +192,18 @@ class BlockWalk {
   // Brings both streams to the inputs of a unit and, where asked, sums its statistics on the way.
   void gather(Unit u, bool sums) {
     if (!sums && u == Unit::kQkv) return;
-    Activations none, &hold = u == Unit::kO ? hold_o_ : u == Unit::kDown ? hold_down_ : none;
     for_chunks([&](int64_t t, int64_t n) {
       clock_->enter(Stage::kForward);
       float* x = x_.open(t, n);
       if (u == Unit::kGateUp) {
-        pass(Unit::kO, hold_o_, t, n, x);
+        pass(Unit::kO, t, n, x);
         x_.close(t, n);
         if (!sums) return;
       }
-      float* in = hold ? hold.blank(t) : in_.get();
-      if (sums || hold) inputs(*quant_, u, x, in, n);
-      if (hold) hold.close(t, n);
+      Activations* held = hold(u, t, n);
+      float* in = held ? held->blank(t) : in_.get();
+      if (sums || held) inputs(*quant_, u, x, in, n);
+      if (held) held->close(t, n);
       float* x_full = full_ ? x_full_.open(t, n) : nullptr;
       if (full_) inputs(*full_, u, x_full, in_full_.get(), n);
       if (full_ && sums && o_.couple && u == Unit::kQkv && t == 0) {
@@ -346,7 +356,7 @@ class BlockWalk {
     for_chunks([&](int64_t t, int64_t n) {
       clock_->enter(Stage::kForward);
       float* x = x_.open(t, n);
-      pass(Unit::kDown, hold_down_, t, n, x);
+      pass(Unit::kDown, t, n, x);
       x_.close(t, n);
       if (!full_) return;
       clock_->enter(Stage::kLosses);
@@ -377,8 +387,10 @@ class BlockWalk {
   Weight rope_;
   std::unique_ptr<BlockRunner> quant_, full_;  // full_ only for the correction
   Activations x_, x_full_;                     // (T, D) residual streams
-  Activations hold_o_, hold_down_;   // (T, H hd), (T, F): inputs of the quantised model; or made again
+  WalkShape shape_{};
   Buffer in_, in_full_;              // (chunk, widest) inputs of a linear
+  Buffer held_;                      // those that are held
+  Activations hold_o_, hold_down_;   // (held_o, H hd), (held_down, F) in it: inputs of the quantised model
   std::future<RowCoupling> coming_;  // of the unit in hand
 };
 

@@ -5,22 +5,13 @@
 #include <numeric>
 
 #include "kernels/philox.h"
-#include "models/session.h"
 #include "runtime/checksum.h"
 #include "runtime/error.h"
 #include "runtime/mapped_file.h"
-#include "runtime/sampler.h"
 #include "runtime/tokenizer.h"
 
 namespace q4s {
 namespace {
-
-constexpr int64_t kMostTogether = 128;
-constexpr int64_t kMostCacheBytes = int64_t(24) << 30;
-
-void seal(Calibration& c) {
-  c.hash = checksum_text(xxh3(c.tokens.data(), c.tokens.size() * sizeof(int32_t)));
-}
 
 std::vector<std::string> lines_of(const std::string& text) {
   std::vector<std::string> lines;
@@ -36,6 +27,10 @@ std::vector<std::string> lines_of(const std::string& text) {
 bool blank(const std::string& line) { return line.find_first_not_of(" \t\f\v") == std::string::npos; }
 
 }  // namespace
+
+void seal(Calibration& c) {
+  c.hash = checksum_text(xxh3(c.tokens.data(), c.tokens.size() * sizeof(int32_t)));
+}
 
 std::vector<std::string> read_documents(const std::string& path) {
   const MappedFile file(path);
@@ -89,71 +84,6 @@ Calibration calibration_from_text(const Tokenizer& tokenizer, const std::string&
   for (int64_t s = 0; s < samples; ++s) {
     const auto window = ids.begin() + order[s] * seq_len;
     c.tokens.insert(c.tokens.end(), window, window + seq_len);
-  }
-  seal(c);
-  return c;
-}
-
-int64_t self_writing_batch(const LlamaConfig& c, int64_t samples, int64_t seq_len) {
-  const int64_t cache = 4 * c.layers * c.kv_dim() * seq_len;  // keys and values of a sequence in fp16
-  const int64_t most = std::clamp<int64_t>(kMostCacheBytes / cache, 1, kMostTogether);
-  return ceil_div(samples, ceil_div(samples, most));  // batches of one size
-}
-
-Calibration calibration_self_written(LlamaModel& model, Backend& backend, int64_t samples, int64_t seq_len,
-                                     uint64_t seed, const std::function<void(int64_t, int64_t)>& progress) {
-  Calibration c{"self-written", "", samples, seq_len, seed, std::vector<int32_t>(samples * seq_len)};
-  const int64_t vocab = model.config.vocab;
-  int64_t batch = self_writing_batch(model.config, samples, seq_len);
-  const auto options = [&] {
-    return SessionOptions{.ctx = seq_len, .sequences = int(batch), .chunk = 1, .kv = KvType::kF16};
-  };
-  fill_rope(model, seq_len);
-  const std::optional<size_t> free = backend.free_bytes();
-  while (batch > 1 && free && Session::plan(model, backend, options()).total() > *free) batch = ceil_div(batch, 2);
-  Session session(model, backend, options());
-  SamplerOptions whole;
-  whole.temperature = 1;
-  whole.top_k = 0;
-  whole.top_p = 1;
-  whole.min_p = 0;
-  whole.seed = seed;
-  int64_t done = 0;
-  for (int64_t first = 0; first < samples; first += batch) {
-    const int64_t rows = std::min(batch, samples - first);
-    std::vector<Sampler> samplers;
-    std::vector<std::pair<int, int32_t>> step(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      samplers.emplace_back(whole, uint64_t(first + r));
-      const int32_t bos = model.tokenizer->bos_id();
-      const double random = philox_uniform(seed ^ 1, uint64_t(first + r), 0);
-      step[r] = {int(r), bos >= 0 ? bos : int32_t(random * model.tokenizer->vocab_size())};
-      session.truncate(int(r), 0);
-    }
-    const auto keep = [&](int64_t t) {
-      for (int64_t r = 0; r < rows; ++r) c.tokens[(first + r) * seq_len + t] = step[r].second;
-      progress(done += rows, samples * seq_len);
-    };
-    keep(0);
-    if (backend.name() == "cuda") {  // drawn on the device: only tokens come back
-      std::vector<Session::Next> next;
-      for (int64_t r = 0; r < rows; ++r) next.push_back({int(r), step[r].second, &samplers[r]});
-      session.decode(next, seq_len - 1, [&](int64_t t, std::span<const int32_t> drawn) {
-        for (int64_t r = 0; r < rows; ++r) step[r].second = drawn[r];
-        keep(t + 1);
-        return true;
-      });
-      continue;
-    }
-    for (int64_t t = 1; t < seq_len; ++t) {
-      const std::span<const float> logits = session.step(step);
-      backend.pool().run([&](Part part) {
-        const auto [begin, end] = part.of(rows);
-        for (int64_t r = begin; r < end; ++r)
-          step[r].second = samplers[r].sample(logits.subspan(r * vocab, vocab));
-      });
-      keep(t);
-    }
   }
   seal(c);
   return c;

@@ -1,7 +1,7 @@
-// The token windows that the quantiser looks at: cut from a text, or written by the model itself.
+// The token windows that the quantiser looks at: cut from a text, or written by the model itself
+// (self_writing.h).
 #pragma once
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -28,14 +28,6 @@ std::vector<std::string> read_documents(const std::string& path);
 Calibration calibration_from_text(const Tokenizer&, const std::string& path, int64_t samples, int64_t seq_len,
                                   uint64_t seed);
 
-// Text that the model writes from its BOS token (from random tokens where it has none), at temperature 1 from
-// the whole distribution, going on after an end token. Sequences are drawn together; each has its own random
-// stream. progress(tokens done, tokens in all).
-Calibration calibration_self_written(LlamaModel&, Backend&, int64_t samples, int64_t seq_len, uint64_t seed,
-                                     const std::function<void(int64_t, int64_t)>& progress);
-
-// Sequences that self-writing decodes together: a rule of the shape, so that results do not depend on the machine
-// unless its memory is short.
-int64_t self_writing_batch(const LlamaConfig&, int64_t samples, int64_t seq_len);
+void seal(Calibration&);  // sets the hash of its tokens
 
 }  // namespace q4s

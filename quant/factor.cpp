@@ -10,7 +10,6 @@ namespace q4s {
 namespace {
 
 constexpr int64_t kBlock = 128;
-constexpr int64_t kExactUpTo = 4096;  // largest K factored in f64 at once
 
 // A = R R^T for the upper triangle of a diagonal block (n, n), in place, and X = R^-1. False: not positive.
 template <class T>
@@ -126,9 +125,9 @@ HessianFactor factor_hessian(std::vector<float> h, int64_t k, double damp, bool 
   climb_damping(f, std::move(diagonal), std::all_of(f.h.begin(), f.h.end(), finite), damp, act_order,
                 [&](const std::vector<float>& damped) {
                   for (int64_t j = 0; j < k; ++j) f.h[j * (k + 1)] = damped[j];
-                  return k <= kExactUpTo ? invert<double>(f.h, f.order, k, f.u, team)
-                                         : invert<float>(f.h, f.order, k, f.u, team) ||
-                                               invert<double>(f.h, f.order, k, f.u, team);
+                  return k <= kExactFactor ? invert<double>(f.h, f.order, k, f.u, team)
+                                           : invert<float>(f.h, f.order, k, f.u, team) ||
+                                                 invert<double>(f.h, f.order, k, f.u, team);
                 });
   return f;
 }

@@ -25,9 +25,11 @@ struct HessianFactor {
   bool ok() const { return !u.empty(); }
 };
 
+constexpr int64_t kExactFactor = 4096;  // the largest K that is factored in f64 at once
+
 // h (K, K): symmetric, undamped, taken over. Damping starts at `damp` and is multiplied by 4 on a failed or
 // non-finite factorisation until it passes 1; then ok() is false and the caller rounds to nearest. f64 up to
-// K = 4096, f32 above with f64 as the rescue. The same bits for every team.
+// kExactFactor, f32 above with f64 as the rescue. The same bits for every team.
 HessianFactor factor_hessian(std::vector<float> h, int64_t k, double damp, bool act_order, const Team& team);
 
 // The part of it that needs only the diagonal (K) of H: fills f's order, dead, damp and lambda, and calls

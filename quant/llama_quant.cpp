@@ -12,6 +12,7 @@
 #include "quant/provenance.h"
 #include "quant/quant_options.h"
 #include "quant/quantize.h"
+#include "quant/self_writing.h"
 #include "runtime/atomic_file.h"
 #include "runtime/cli.h"
 #include "runtime/error.h"
@@ -27,6 +28,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kMostHeldAfterWriting = int64_t(8) << 30;
 
 struct Stopped {};  // a signal asked for an end; what is finished is in the journal
 void stop_if_requested() {
@@ -206,6 +209,14 @@ int quantize(const Cli& cli) {
       make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);
   if (!note.empty()) log_info("%s", note.c_str());
   const Team team = [&](const std::function<void(Part)>& fn) { backend->pool().run(fn); };
+  // The memory that writing its own text took (keys and values of many sequences) is there for the blocks
+  // too.
+  if (self_written && samples && backend->free_bytes()) {
+    QuantizeOptions roomy = options;
+    roomy.most_held = kMostHeldAfterWriting;
+    if (plan_quantize(c, roomy, samples, seq_len, true).total() < int64_t(*backend->free_bytes()))
+      options = roomy;
+  }
   require_memory(model, *backend, options, samples, seq_len);
 
   check_weights(model, team, stop_if_requested);

@@ -9,7 +9,6 @@ constexpr int64_t kChunk = 4096;  // tokens of a step; on the CPU that does not 
 constexpr int64_t kMostChunk = 32768;
 constexpr int64_t kChunkValues = int64_t(1) << 26;  // of the widest activation
 constexpr int64_t kTogether = 16384;                // tokens that the GPU sums at a time
-constexpr int64_t kMostHeld = int64_t(3) << 30;     // bytes of one unit's inputs
 
 }  // namespace
 
@@ -36,12 +35,20 @@ QuantizedFrame quantize_frame(const LlamaModel& m, const QuantizeOptions& o, con
   return f;
 }
 
-WalkShape walk_shape(const LlamaConfig& c, const QuantizeOptions&, int64_t samples, int64_t seq_len,
+WalkShape walk_shape(const LlamaConfig& c, const QuantizeOptions& o, int64_t samples, int64_t seq_len,
                      bool gpu) {
-  const int64_t tokens = gpu ? std::clamp(kChunkValues / (2 * c.hidden), kChunk, kMostChunk) : kChunk;
-  const int64_t all = samples * seq_len * (gpu ? 2 : 4);
-  return {std::clamp<int64_t>(tokens / seq_len, 1, samples) * seq_len, all * c.q_dim() <= kMostHeld,
-          all * c.hidden <= kMostHeld};
+  const int64_t step = gpu ? std::clamp(kChunkValues / (2 * c.hidden), kChunk, kMostChunk) : kChunk;
+  WalkShape w{};
+  w.chunk = std::clamp<int64_t>(step / seq_len, 1, samples) * seq_len;
+  const auto held = [&](int64_t cols) {
+    const int64_t bytes = (gpu ? 2 : 4) * cols, most = o.most_held / bytes, all = samples * seq_len;
+    const int64_t tokens = all <= most ? all : most / w.chunk * w.chunk;
+    w.held_bytes = std::max(w.held_bytes, tokens * bytes);
+    return tokens;
+  };
+  w.held_o = held(c.q_dim());
+  w.held_down = held(c.hidden);
+  return w;
 }
 
 QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64_t samples, int64_t seq_len,
@@ -60,14 +67,13 @@ QuantizePlan plan_quantize(const LlamaConfig& c, const QuantizeOptions& o, int64
   // A unit's copies and codes; the factorisation in f64, what a step of the solve works in, or tokens that
   // wait for their sums.
   const int64_t waiting = gpu ? 2 * kTogether * (streams * k + (streams == 2 ? c.dim : 0)) : 0;
-  p.working = 10 * widest + std::max({16 * k * k, 16 * widest + 4 * k * k, waiting});
+  p.working = 10 * widest + std::max({(k > kExactFactor ? 8 : 16) * k * k, 16 * widest + 4 * k * k, waiting});
   if (o.couple && streams == 2) {  // targets and errors of coupled rows, and their feedback
     p.working += 8 * std::max(unit_rows(c, Unit::kQkv) * c.dim, c.dim * c.hidden) + 4 * c.dim * c.dim;
   }
   if (!samples) return p;
   const WalkShape walk = walk_shape(c, o, samples, seq_len, gpu);
-  p.activations = (gpu ? 2 : 4) * tokens *
-                  (streams * c.dim + (walk.holds_o ? c.q_dim() : 0) + (walk.holds_down ? c.hidden : 0));
+  p.activations = (gpu ? 2 : 4) * tokens * streams * c.dim + walk.held_bytes;
   p.forward = 4 * walk.chunk * (3 * c.hidden + 2 * streams * k);
   return p;
 }

@@ -29,9 +29,10 @@ struct QuantizeOptions {
   bool order_hidden = true;  // quant/hidden_order.h
   bool couple = true;        // quant/couple.h; only with a correction, which keeps full-precision activations
   bool seed_method = false;  // quant/seed.h instead of our stack; analysis only
-  Format head = Format::kQ8;       // of embedding and head: kF16, kQ8, kQ4
-  uint64_t seed = 0;               // of the rotation
-  std::optional<std::regex> only;  // linears whose name does not match stay as they are, in fp16
+  Format head = Format::kQ8;             // of embedding and head: kF16, kQ8, kQ4
+  uint64_t seed = 0;                     // of the rotation
+  int64_t most_held = int64_t(3) << 30;  // bytes of one unit's inputs that are kept rather than made again
+  std::optional<std::regex> only;        // linears whose name does not match stay as they are, in fp16
   std::vector<std::pair<std::regex, Format4>> special;  // the first match counts
 
   bool corrects() const { return !solve.rtn && !seed_method && (solve.alpha != 0 || solve.beta != 0); }
@@ -84,12 +85,13 @@ QuantizedFrame quantize_frame(const LlamaModel&, const QuantizeOptions&, const T
 void quantize_blocks(LlamaModel&, Backend&, const QuantizedFrame&, const Calibration*, const QuantizeOptions&,
                      const QuantizeSink&);
 
-// How the walk cuts the tokens, a fixed rule of the shape: tokens of a step (enough to fill the device; whole
-// sequences), and whether the inputs of o and down are held until the quantised stream moves on, or made
-// again.
+// How the walk cuts the tokens: those of a step (enough to fill the device; whole sequences; a fixed rule of
+// the shape), and of how many, whole steps from the first on, the inputs of o and of down are held until the
+// quantised stream moves on. The others' are made again, which gives the same. One memory serves both.
 struct WalkShape {
   int64_t chunk;
-  bool holds_o, holds_down;
+  int64_t held_o, held_down;  // tokens
+  int64_t held_bytes;
 };
 WalkShape walk_shape(const LlamaConfig&, const QuantizeOptions&, int64_t samples, int64_t seq_len, bool gpu);
 

@@ -161,7 +161,8 @@ class CudaUnitSolver final : public UnitSolver {
                            diagonal.upload(damped.data(), k, stream_);
                            gptq_diagonal_cuda(h, diagonal.get(), k, true, stream_);
                            if (!f.order.empty()) order.upload(f.order.data(), k, stream_);
-                           return gptq_.factor(h, order.get(), u, k);
+                           return (k > kExactFactor && gptq_.factor(h, order.get(), u, k, false)) ||
+                                  gptq_.factor(h, order.get(), u, k);
                          });
   }
 

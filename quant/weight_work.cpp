@@ -26,8 +26,12 @@ class CpuWeightWork final : public WeightWork {
       fold_gain(gain, w + begin * int64_t(gain.size()), end - begin);
     });
   }
-  void rotate_rows(const Rotation& r, float* w, int64_t rows) override { q4s::rotate_rows(r, w, rows, team_); }
-  void rotate_outputs(const Rotation& r, float* w, int64_t k) override { q4s::rotate_outputs(r, w, k, team_); }
+  void rotate_rows(const Rotation& r, float* w, int64_t rows) override {
+    q4s::rotate_rows(r, w, rows, team_);
+  }
+  void rotate_outputs(const Rotation& r, float* w, int64_t k) override {
+    q4s::rotate_outputs(r, w, k, team_);
+  }
   void take_rows(float* w, int64_t k, const std::vector<int32_t>& from) override {
     const std::vector<float> old(w, w + int64_t(from.size()) * k);
     team_([&](Part part) {
@@ -45,6 +49,15 @@ class CpuWeightWork final : public WeightWork {
         for (int64_t j = 0; j < k; ++j) w[i * k + j] = old[from[j]];
       }
     });
+  }
+  std::vector<double> column_squares(const float* w, int64_t n, int64_t k) override {
+    std::vector<double> sums(k);
+    team_([&](Part part) {
+      const auto [begin, end] = part.of(k, 16);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = begin; j < end; ++j) sums[j] += double(w[i * k + j]) * w[i * k + j];
+    });
+    return sums;
   }
   WeightShape shape(const float* w, int64_t count) override { return weight_shape(w, count, team_); }
 

@@ -34,7 +34,9 @@ class CudaWeightWork final : public WeightWork {
       const void* data = on_device(raw).view.data;
       const int64_t count = v.n * v.k;
       if (v.format == Format::kF32)
-        cuda_check(cudaMemcpyAsync(to, data, size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, stream_), "copy");
+        cuda_check(
+            cudaMemcpyAsync(to, data, size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, stream_),
+            "copy");
       else
         widen_cuda(data, v.format, to, count, stream_);
       flag_.clear(1, stream_);
@@ -100,6 +102,15 @@ class CudaWeightWork final : public WeightWork {
     });
   }
 
+  std::vector<double> column_squares(const float* w, int64_t n, int64_t k) override {
+    return device_guarded("weights", [&] {
+      std::vector<double> sums(k);
+      column_squares_cuda(w, squares_.take(k), n, k, stream_);
+      squares_.download(sums.data(), k, stream_);
+      return sums;
+    });
+  }
+
   WeightShape shape(const float* w, int64_t count) override {
     return device_guarded("weights", [&] {
       return weight_shape(count, [&](int pass, double mean, double sd) {
@@ -124,7 +135,9 @@ class CudaWeightWork final : public WeightWork {
   static constexpr int64_t kSlab = int64_t(64) << 20;  // bytes of f32
 
   void copy_back(float* w, int64_t count) {
-    cuda_check(cudaMemcpyAsync(w, turned_.get(), size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, stream_), "copy");
+    cuda_check(
+        cudaMemcpyAsync(w, turned_.get(), size_t(count) * sizeof(float), cudaMemcpyDeviceToDevice, stream_),
+        "copy");
   }
 
   // Block formats of GGUF and packed linears: unpacked by the host's threads.
@@ -134,8 +147,10 @@ class CudaWeightWork final : public WeightWork {
       const int64_t end = std::min(n, i + rows);
       host_.resize(std::max(host_.size(), size_t((end - i) * k)));
       unpack_rows(w, i, end, host_.data(), team_);
-      backend_.write(reinterpret_cast<std::byte*>(to + i * k), host_.data(), size_t((end - i) * k) * sizeof(float));
-      device_guarded("weights", [&] { cuda_check(cudaStreamSynchronize(stream_), "upload"); });  // before the next slab
+      backend_.write(reinterpret_cast<std::byte*>(to + i * k), host_.data(),
+                     size_t((end - i) * k) * sizeof(float));
+      device_guarded("weights",
+                     [&] { cuda_check(cudaStreamSynchronize(stream_), "upload"); });  // before the next slab
     }
   }
 
@@ -146,6 +161,7 @@ class CudaWeightWork final : public WeightWork {
   DeviceArray<float> gain_, signs_, factor_, turned_;
   DeviceArray<int32_t> from_;
   DeviceArray<int> flag_;
+  DeviceArray<double> squares_;
   DeviceArray<ShapeSums> pieces_;
 };
 

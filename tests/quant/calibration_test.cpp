@@ -1,5 +1,3 @@
-#include "quant/calibration.h"
-
 #include <doctest/doctest.h>
 #include <unistd.h>
 
@@ -7,6 +5,7 @@
 #include <fstream>
 #include <set>
 
+#include "quant/self_writing.h"
 #include "runtime/error.h"
 #include "runtime/tokenizer.h"
 #include "tests/quant/tiny_model.h"
@@ -83,4 +82,49 @@ TEST_CASE("self-written text: from BOS, seeded, the same for every number of thr
             .size() > 2);
   CHECK(write(3, 5).tokens == a.tokens);
   CHECK(write(1, 6).tokens != a.tokens);
+}
+
+TEST_CASE("self-written text: groups that overlap never meet in memory, and write the same") {
+  for (const auto& [samples, lanes] : {std::pair<int64_t, int64_t>{7, 3}, {40, 5}, {6, 6}, {9, 1}}) {
+    const WritingPlan p = WritingPlan::of(samples, lanes, true);
+    CHECK(p.lanes * p.groups >= samples);
+    for (int64_t g = 0; g < p.groups; ++g) {  // the units of the old group, both halves, and of the young
+      std::set<int64_t> units;
+      for (int64_t lane = 0; lane < p.lanes; ++lane) {
+        CHECK(units.insert(p.slot(g, lane)).second);
+        if (g == 0) continue;
+        CHECK(units.insert(p.slot(g - 1, lane)).second);
+        CHECK(units.insert(p.slot(g - 1, lane) + 1).second);
+      }
+      CHECK(*units.rbegin() <= p.slots());
+      CHECK(int64_t(units.size()) == (g ? 3 : 1) * p.lanes);
+    }
+  }
+  LlamaConfig seven;
+  seven.layers = 32, seven.kv_heads = 32, seven.head_dim = 128;
+  const WritingPlan p = writing_plan(seven, 512, 512);
+  CHECK(p.overlaps);
+  CHECK(p.steps(512) <= 5 * 512);
+  seven.kv_heads = 8;
+  CHECK(writing_plan(seven, 512, 512).steps(512) == 4 * 512);  // memory for 128 sequences
+
+  const std::string folder = test::shared_data("stories260K");
+  if (folder.empty()) return;
+  LlamaModel m = open_llama(folder);
+  const auto backend = make_cpu_backend(2);
+  for (const int64_t length : {int64_t(1), int64_t(2), int64_t(24), int64_t(25)}) {
+    const auto write = [&](const WritingPlan& how) {
+      int64_t last = 0;
+      const auto progress = [&](int64_t done, int64_t) { last = done; };
+      const Calibration c = calibration_self_written(m, *backend, 7, length, 5, progress, how);
+      CHECK(last == 7 * length);
+      return c.tokens;
+    };
+    const std::vector<int32_t> plain = write(WritingPlan::of(7, 7, false));
+    CHECK(write(WritingPlan::of(7, 3, false)) == plain);
+    if (length > 2) {
+      CHECK(write(WritingPlan::of(7, 3, true)) == plain);
+      CHECK(write(WritingPlan::of(7, 2, true)) == plain);
+    }
+  }
 }

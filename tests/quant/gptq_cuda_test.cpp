@@ -249,6 +249,8 @@ TEST_CASE("cuda gptq: factor and correction") {
     Guard<int32_t> order(c.f.order);
     REQUIRE(gptq.factor(h.data(), order.data(), u.data(), c.k));
     CHECK(worst(u.get(), c.f.u) < 1e-5);
+    REQUIRE(gptq.factor(h.data(), order.data(), u.data(), c.k, false));
+    CHECK(worst(u.get(), c.f.u) < 1e-4);
 
     const auto d = oracle::gaussian(c.k * c.k, 12, 0.4f), e = oracle::gaussian(c.n * c.k, 13, 0.05f);
     std::vector<int32_t> inverse(c.k);

@@ -137,6 +137,22 @@ TEST_CASE("the coupling of rows changes queries and keys and the last output; va
     for (const LinearReport& l : b.linears) CHECK(l.fallback.empty());
 }
 
+TEST_CASE("inputs held or made again, all or a part of them: the same bytes") {
+  LlamaModel m = tiny::model(true);
+  const Calibration cal = tiny::calibration(160);  // two steps
+  QuantizeOptions o = options();
+  const WalkShape all = walk_shape(m.config, o, 160, 32, false);
+  CHECK(all.held_down == 160 * 32);
+  const tiny::Result held = tiny::quantize(m, &cal, o, 2);
+  for (const int64_t most : {int64_t(0), all.chunk * 4 * m.config.hidden}) {
+    o.most_held = most;
+    CHECK(walk_shape(m.config, o, 160, 32, false).held_down == (most ? all.chunk : 0));
+    const tiny::Result part = tiny::quantize(m, &cal, o, 2);
+    for (size_t i = 0; i < held.units.size(); ++i) check_same(held.units[i], part.units[i]);
+    CHECK(held.blocks[1].output_error == part.blocks[1].output_error);
+  }
+}
+
 TEST_CASE("rotation alone does not change the function: nothing quantised, nothing lost") {
   for (bool tied : {true, false}) {
     LlamaModel m = tiny::model(tied);

@@ -1,5 +1,5 @@
-// Weights in the GPU's memory against the CPU's, and a whole walk over a small model on both. Without a GPU every
-// case prints SKIPPED.
+// Weights in the GPU's memory against the CPU's, and a whole walk over a small model on both. Without a GPU
+// every case prints SKIPPED.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -88,11 +88,13 @@ TEST_CASE("cuda weights: rotation, shape, what graphs multiply, activations at r
     order_hidden(*on_gpu, c, u, moved.get(), order);
     order_hidden(*on_cpu, c, u, moved_here.get(), order);
     CHECK(get(*gpu, moved.get(), n * k) == get(*cpu, moved_here.get(), n * k));
+    CHECK(on_gpu->column_squares(moved.get(), n, k) == on_cpu->column_squares(moved_here.get(), n, k));
   }
 
   const std::vector<float> w = oracle::gaussian((1 << 16) + 1000, 9, 0.3f);  // more than a piece
   const Buffer there = put(*gpu, w);
-  const WeightShape a = on_gpu->shape(there.get(), int64_t(w.size())), b = on_cpu->shape(w.data(), int64_t(w.size()));
+  const WeightShape a = on_gpu->shape(there.get(), int64_t(w.size())),
+                    b = on_cpu->shape(w.data(), int64_t(w.size()));
   CHECK(a.low == b.low);
   CHECK(a.high == b.high);
   CHECK(a.mean == doctest::Approx(b.mean).epsilon(1e-9));
@@ -110,7 +112,8 @@ TEST_CASE("cuda weights: rotation, shape, what graphs multiply, activations at r
   x.close(24, 16);
   x.blank(0);
   const std::vector<float> back = get(*gpu, x.open(24, 16), 16 * 24);
-  for (size_t i = 0; i < rows.size(); ++i) CHECK(back[i] == (i == 3 ? 65504.0f : half_to_float(float_to_half(rows[i]))));
+  for (size_t i = 0; i < rows.size(); ++i)
+    CHECK(back[i] == (i == 3 ? 65504.0f : half_to_float(float_to_half(rows[i]))));
 }
 
 TEST_CASE("cuda weights: a small model through the whole walk, as on the CPU") {
@@ -141,6 +144,11 @@ TEST_CASE("cuda weights: a small model through the whole walk, as on the CPU") {
     const tiny::Result rest = tiny::quantize(m, &cal, o, *make_cuda_backend(0), &a, 1);
     REQUIRE(rest.units.size() == 4);
     for (size_t u = 0; u < 4; ++u) CHECK(rest.units[u].packed.data == a.units[4 + u].packed.data);
+    unload(m);
+    QuantizeOptions lean = o;  // inputs made again instead of held
+    lean.most_held = 0;
+    const tiny::Result again = tiny::quantize(m, &cal, lean, *make_cuda_backend(0));
+    for (size_t u = 0; u < a.units.size(); ++u) CHECK(again.units[u].packed.data == a.units[u].packed.data);
     unload(m);
   }
 }
