@@ -117,6 +117,9 @@ TEST_CASE("killed at any moment: the old file or none; resumed, the same bytes a
   }
   CHECK(killed > 0);
   CHECK(read_file(out) == unbroken);
+  const std::string shown = run({tool("llama-quant"), "--show", out}).out;  // of the whole default stack
+  for (const char* part : {"coupling", "dither", "rotation", "order"})
+    CHECK(contains(shown, "\"" + std::string(part) + "\":true"));
   CHECK(run({tool("llama-quant"), "--verify", out}).code == 0);
   int files = 0;
   for (const auto& entry : std::filesystem::directory_iterator(dir.path())) files += entry.is_regular_file();
