@@ -301,8 +301,9 @@ struct Where {
   Where(int64_t tokens, int64_t sequences, int64_t ctx) {
     for (int64_t t = 0; t < tokens; ++t) {
       sequence.push_back(int32_t(t % sequences));
-      // Gaps where there is room.
-      position.push_back(int32_t(ctx - 1 - t / sequences * (tokens < 100 ? 3 : 1) % ctx));
+      // Gaps where there is room: no two tokens at one place.
+      const int64_t step = ceil_div(tokens, sequences) * 3 <= ctx ? 3 : 1;
+      position.push_back(int32_t(ctx - 1 - t / sequences * step % ctx));
     }
   }
 };
