@@ -193,6 +193,7 @@ void measure_effects(LlamaModel& m, Backend& backend, const Calibration& calibra
                                                        std::min(sequences, coupling_sequences(c)), seq_len),
                                       seq_len, team);
       });
+      solver->finish();
       solver->factor(kDamp, true);
       if (coupled && u == Unit::kDown && l == c.layers - 1)
         coupling = couple_output(m, backend, *solver, nullptr, moved.get(), tokens, team);

@@ -224,6 +224,9 @@ class BlockWalk {
         x_full_.close(t, n);
       }
     });
+    if (!sums) return;
+    clock_->enter(Stage::kSums);
+    solver_->finish();
   }
 
   // A unit that an earlier run finished.

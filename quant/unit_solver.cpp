@@ -37,6 +37,8 @@ class CpuUnitSolver final : public UnitSolver {
     if (!e_.empty()) gram(difference(r_full, r, tokens * n_), x, e_, tokens, n_, false);
   }
 
+  void finish() override {}
+
   double factor(double damp, bool act_order) override {
     for (int64_t i = 0; i < k_; ++i)
       for (int64_t j = 0; j < i; ++j) h_[i * k_ + j] = h_[j * k_ + i];

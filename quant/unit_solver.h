@@ -43,7 +43,9 @@ class UnitSolver {
   // r_full (T, N) their residual streams. Only x is read unless begin() asked for the others.
   virtual void add(const float* x, const float* x_full, const float* r, const float* r_full,
                    int64_t tokens) = 0;
-  // Ends the sums; returns the damping used. Where nothing could be factored, solve() will round to nearest.
+  // Ends the sums.
+  virtual void finish() = 0;
+  // Returns the damping used. Where nothing could be factored, solve() will round to nearest.
   virtual double factor(double damp, bool act_order) = 0;
   // w (N, K) in backend memory; columns of dead inputs become 0 in it. Codes and scales stay with the solver:
   // the result has everything else.

@@ -53,10 +53,12 @@ class CudaUnitSolver final : public UnitSolver {
     });
   }
 
+  void finish() override {
+    device_guarded("statistics", [&] { gptq_.finish_statistics(); });
+  }
+
   double factor(double damp, bool act_order) override {
     return device_guarded("factor", [&] {
-      gptq_.finish_statistics();
-      enter(Stage::kFactor);
       f_ = {};
       f_.k = k_;
       gptq_mirror_cuda(h_.get(), k_, stream_);

@@ -351,6 +351,7 @@ TEST_CASE("cuda gptq: a unit through both solvers, and the same bits twice") {
     };
     s.begin(n, k, 4, true, true);
     s.add(put(x), put(x_full), put(r), put(r_full), tokens);
+    s.finish();
     CHECK(s.factor(0.05, true) == 0.05);
     float* weights = put(w);
     QuantizedLinear q = s.solve(weights, o);
