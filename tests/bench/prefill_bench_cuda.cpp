@@ -1,10 +1,10 @@
 // Prefill kernels on the device: a bring-up ladder (kernels in processes of their own, so that a fault in one
 // does not hide the others), random shapes against fp64, repeatability, and times beside cuBLAS of the same
 // process.
-//   prefill_bench_cuda [--check | --quick | --sweep | --profile TOKENS] [--no-fork]
+//   prefill_bench_cuda [--check | --quick | --sweep | --attention | --profile TOKENS] [--no-fork]
 // --check: few small shapes and no timing, for compute-sanitizer (with --no-fork). --quick: the goals' table
-// alone behind fewer random shapes. --sweep: every tile and way of cutting too. --profile: the four products
-// of a layer and nothing else, for a profiler.
+// alone behind fewer random shapes. --sweep: every tile and way of cutting too. --attention: that alone.
+// --profile: the four products of a layer and nothing else, for a profiler.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -172,6 +172,16 @@ std::vector<Rung> rungs(int sms) {
 
 enum class Mode { kCheck, kQuick, kPlain, kSweep };
 
+int run_attention() {
+  const int failed = check_attentions(false);
+  Timer timer;
+  DeviceBuffer<uint16_t> x(normal_halves(8192 * 8192, 1, 3));
+  DeviceBuffer<float> y(8192 * 8192);
+  Dense dense(timer, x.data(), y.data(), 8192 * 8192);
+  time_attention(tflops(8192, 8192, 8192, dense.microseconds(8192, 8192, 8192, CUDA_R_16F, 5)), false);
+  return failed ? 1 : 0;
+}
+
 int run(Mode mode, bool fork_allowed) {
   // The device is asked in a child as well: a process that touched it cannot fork and use it.
   const auto device = [] {
@@ -239,11 +249,14 @@ int main(int argc, char** argv) {
       mode = q4s::Mode::kSweep;
     else if (a == "--no-fork")
       fork_allowed = false;
+    else if (a == "--attention")
+      return q4s::run_attention();
     else if (a == "--profile" && i + 1 < argc)
       return q4s::profile_gemm(132, std::atoll(argv[i + 1])), 0;
     else
       return std::fprintf(
-                 stderr, "prefill_bench_cuda [--check | --quick | --sweep | --profile TOKENS] [--no-fork]\n"),
+                 stderr,
+                 "prefill_bench_cuda [--check | --quick | --sweep | --attention | --profile TOKENS] [--no-fork]\n"),
              2;
   }
   try {
