@@ -26,14 +26,13 @@ F spread(const float* p) {
 #endif
 }
 
-// Codes are fetched 4 rows ahead, at least this far, and into the second cache: the first has too few lines in
-// flight to hide the memory behind 4 rows at a time, and the hardware does not follow rows this short.
-constexpr int64_t kAhead = 8192;
+// Codes are asked for in the order of memory, whatever rows are multiplied at a time: only then does the hardware
+// stream, too, and a core's few requests in flight suffice. First into the second cache, then into the first.
+constexpr int64_t kNear = 2048, kFar = 12288;  // bytes ahead
 
 struct GemvShape {
   int64_t groups, bytes, vectors, whole;  // of a row; of its vectors, `whole` are full
   int64_t per_group;                      // vectors
-  int64_t ahead;                          // bytes
   Layout at;
 };
 
@@ -81,7 +80,11 @@ void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t 
       const uint8_t* p = row[i] + v * kBytes;
       B codes = whole ? load<B>(p) : load_bytes(p, shape.bytes - v * kBytes);
       once(codes);
-      if (fetch) __builtin_prefetch(p + shape.ahead, 0, 2);
+      if (fetch) {
+        const uint8_t* line = row[0] + v * (kBytes * R) + i * 64;
+        __builtin_prefetch(line + kNear, 0, 3);
+        __builtin_prefetch(line + kFar, 0, 2);
+      }
       low[i] = q4 ? low_codes<half>(codes) : q8_codes(codes);
       if (q4) high[i] = high_codes<half>(codes);
     }
@@ -145,6 +148,10 @@ template <bool q4, bool half, int per, int span, int T>
 void gemv_tokens(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t begin, int64_t end) {
   constexpr int kRows = kW == 16 || T == 1 ? 4 : 2;
   int64_t r = begin;
+  // Long rows of one token by twos where the arithmetic has time to spare: nearer to the order of memory.
+  if constexpr (kW == 16 && T == 1)
+    if (shape.bytes >= 1024)
+      for (; r + 2 <= end; r += 2) gemv_rows<q4, half, per, span, T, 2>(a, shape, t0, r);
   for (; r + kRows <= end; r += kRows) gemv_rows<q4, half, per, span, T, kRows>(a, shape, t0, r);
   for (; r < end; ++r) gemv_rows<q4, half, per, span, T, 1>(a, shape, t0, r);
 }
@@ -171,7 +178,6 @@ void gemv_coded(const LinearArgs& a, int64_t begin, int64_t end) {
                         .vectors = div_up(k, kCols),
                         .whole = bytes / kBytes,
                         .per_group = div_up(group, kCols),
-                        .ahead = kAhead > 4 * bytes ? kAhead : 4 * bytes,
                         .at = token_layout(k)};
   if constexpr (kCols >= 128)
     if (group * 4 == kCols) return gemv_scaled<q4, half, 4, 1>(a, shape, begin, end);
