@@ -14,6 +14,7 @@
 #include "kernels/swiglu.h"
 #include "runtime/backend.h"
 #include "runtime/error.h"
+#include "runtime/huge_pages.h"
 
 namespace q4s {
 namespace {
@@ -114,7 +115,7 @@ class CpuBackend final : public Backend {
   double read_bandwidth() override {
     if (read_bandwidth_ > 0) return read_bandwidth_;
     constexpr int64_t kWords = int64_t(512) << 20 >> 3;
-    const std::vector<uint64_t> words(kWords, 1);
+    const HugeVector<uint64_t> words(kWords, 1);
     std::vector<uint64_t> sums(size_t(pool_.threads()) * 8);  // a cache line each
     for (int pass = 0; pass < 4; ++pass) {
       const auto start = std::chrono::steady_clock::now();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/types.h"
+#include "runtime/huge_pages.h"
 
 namespace q4s {
 
@@ -26,8 +27,8 @@ struct Weight {
   std::string name;                       // "blk.3.qkv"
   WeightView view;                        // vectors (norms, tables): n = 1
   std::vector<const uint8_t*> rows;       // storage of view.rows for stacked or re-ordered rows
-  std::vector<uint8_t> bytes;             // storage of view.data where nothing is mapped
-  std::vector<uint16_t> scale_bits;       // storage of view.scales likewise
+  HugeVector<uint8_t> bytes;              // storage of view.data where nothing is mapped
+  HugeVector<uint16_t> scale_bits;        // storage of view.scales likewise
   RowRoles roles;
   bool head = false;                      // its product is wanted for few tokens of a step, then read whole
   std::optional<uint64_t> random;         // view without data: a backend makes the values of kernels/random_weight.h
