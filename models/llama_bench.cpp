@@ -1,5 +1,6 @@
 // llama-bench: speed of prompts and of decoding, beside the read speed of the same machine in the same run.
 // Takes a file or random weights of a known shape. Computes nothing itself.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -31,7 +32,16 @@ struct Test {
 struct Measured {
   double rate = 0, sd = 0;  // tokens/s
   double bytes = 0;         // that a decoding step reads; 0: a prompt, limited by arithmetic
+  // Decoding: medians over the timed runs of the memory's read speed just before and after, GB/s, and of the
+  // speed of a run over that. Other programs share a CPU's memory, so that one sweep at the start says little.
+  double read_gb = 0, share = 0;
 };
+
+double median(std::vector<double> v) {
+  if (v.empty()) return 0;
+  std::sort(v.begin(), v.end());
+  return (v[(v.size() - 1) / 2] + v[v.size() / 2]) / 2;
+}
 
 std::vector<int32_t> random_ids(int64_t n, int64_t vocab) {
   std::mt19937 random(1);
@@ -50,29 +60,36 @@ class Bench {
         ids_(random_ids(session.ctx(), model.config.vocab)) {}
 
   Measured measure(const Test& t, int64_t repeat) {
-    for (int s = 0; s < int(t.batch); ++s) {
-      session_.truncate(s, t.depth);
-      const int64_t have = session_.length(s);
-      if (have < t.depth) session_.feed(std::span(ids_).subspan(size_t(have), size_t(t.depth - have)), s);
-    }
-    run(t);  // warm
-    std::vector<double> rates;
-    for (int64_t r = 0; r < repeat; ++r) {
-      const auto start = std::chrono::steady_clock::now();
-      run(t);
-      rates.push_back(double(t.tokens()) /
-                      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
     Measured m;
-    for (double rate : rates) m.rate += rate / double(rates.size());
-    for (double rate : rates) m.sd += (rate - m.rate) * (rate - m.rate);
-    m.sd = rates.size() > 1 ? std::sqrt(m.sd / double(rates.size() - 1)) : 0;
     if (t.gen) {
       const KvCache one{nullptr, default_kv(model_, backend_), model_.config.layers, 1,
                         1,       model_.config.kv_dim()};
       m.bytes = double(model_.weights.read_bytes_per_token()) +
                 double(t.batch) * double(one.bytes()) * (double(t.depth) + double(t.gen + 1) / 2);
     }
+    for (int s = 0; s < int(t.batch); ++s) {
+      session_.truncate(s, t.depth);
+      const int64_t have = session_.length(s);
+      if (have < t.depth) session_.feed(std::span(ids_).subspan(size_t(have), size_t(t.depth - have)), s);
+    }
+    run(t);  // warm
+    std::vector<double> rates, reads, shares;
+    double before = t.gen ? backend_.read_bandwidth() / 1e9 : 0;
+    for (int64_t r = 0; r < repeat; ++r) {
+      const auto start = std::chrono::steady_clock::now();
+      run(t);
+      rates.push_back(double(t.tokens()) /
+                      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+      if (!t.gen) continue;
+      const double after = backend_.read_bandwidth() / 1e9;
+      reads.push_back((before + after) / 2);
+      shares.push_back(m.bytes * rates.back() / double(t.batch) / 1e9 / reads.back());
+      before = after;
+    }
+    m.read_gb = median(reads), m.share = median(shares);
+    for (double rate : rates) m.rate += rate / double(rates.size());
+    for (double rate : rates) m.sd += (rate - m.rate) * (rate - m.rate);
+    m.sd = rates.size() > 1 ? std::sqrt(m.sd / double(rates.size() - 1)) : 0;
     return m;
   }
 
@@ -165,8 +182,7 @@ int run(int argc, char** argv) {
                            .kv = default_kv(model, *backend),
                            .progress = bytes_bar("loading")};
     Session session(model, *backend, options);
-    const double read_gb = backend->read_bandwidth() / 1e9;
-    log_info("%s, read speed %.1f GB/s", backend->describe().c_str(), read_gb);
+    log_info("%s", backend->describe().c_str());
     Bench bench(model, *backend, session);
     for (const Test& t : tests) {
       const Measured m = bench.measure(t, cli.get_integer("repeat"));
@@ -187,14 +203,14 @@ int run(int argc, char** argv) {
                         {"tok_per_s", m.rate},
                         {"tok_per_s_sd", m.sd},
                         {"gb_per_s", reads ? Json(gb) : Json()},
-                        {"read_gb_per_s", read_gb},
-                        {"share", reads ? Json(gb / read_gb) : Json()}});
+                        {"read_gb_per_s", reads ? Json(m.read_gb) : Json()},
+                        {"share", reads ? Json(m.share) : Json()}});
         continue;
       }
       const std::string where = backend->name() == "cpu"
                                     ? strprintf("cpu, %d threads", backend->pool().threads())
                                     : backend->name();
-      const std::string speed = m.bytes > 0 ? strprintf("%.1f | %.1f", gb, 100 * gb / read_gb) : "- | -";
+      const std::string speed = m.bytes > 0 ? strprintf("%.1f | %.1f", gb, 100 * m.share) : "- | -";
       out(strprintf("| %s | %s | %s | %s | %.2f ± %.2f | %s |\n", name.c_str(),
                     bytes_text(double(model.weight_bytes())).c_str(), where.c_str(), t.name().c_str(), m.rate,
                     m.sd, speed.c_str()));

@@ -142,7 +142,8 @@ class Writer {
     const double bytes = double(weight_bytes_) + kv_bytes * (double(session_.length()) - double(g.steps) / 2);
     const double rate = g.steps ? double(g.steps) / g.eval_seconds : 0, gb = bytes * rate / 1e9;
     const bool wanted = cli_.on("json") || log_level() != LogLevel::kQuiet;
-    const double read_gb = wanted && g.steps ? backend_.read_bandwidth() / 1e9 : 0;
+    if (wanted && g.steps && read_gb_ == 0) read_gb_ = backend_.read_bandwidth() / 1e9;
+    const double read_gb = wanted && g.steps ? read_gb_ : 0;
     if (cli_.on("json")) {
       flush_json();
       Json timings = {{"load_s", load_seconds_},
@@ -187,6 +188,7 @@ class Writer {
   Backend& backend_;
   Session& session_;
   double load_seconds_;
+  double read_gb_ = 0;  // GB/s of the memory, once measured
   GenerateOptions options_;
   SamplerOptions sampling_;
   Sampler sampler_;
