@@ -33,7 +33,8 @@ struct Measured {
   double rate = 0, sd = 0;  // tokens/s
   double bytes = 0;         // that a decoding step reads; 0: a prompt, limited by arithmetic
   // Decoding: medians over the timed runs of the memory's read speed just before and after, GB/s, and of the
-  // speed of a run over that. Other programs share a CPU's memory, so that one sweep at the start says little.
+  // speed of a run over that. Other programs share a CPU's memory, so that one sweep at the start says
+  // little.
   double read_gb = 0, share = 0;
 };
 
