@@ -29,13 +29,13 @@ struct CpuKernels {
   void (*pack_tiles)(const LinearArgs&, int64_t begin_tile, int64_t end_tile);
   void (*dense_gemm)(const LinearArgs&, int64_t begin, int64_t end, std::byte* panel);
 
-  // kQ4, kQ8 on int8 activations; layouts in simd_int8.h. quantize and gemv serve a few tokens, one by one;
-  // quantize_tiles and gemm many, `tile` at a time. The `bytes` are multiples of 64.
+  // kQ4, kQ8 on int8 activations; layouts in simd_int8.h. quantize (columns of one token, from a multiple of 128
+  // on) and gemv serve a few tokens; quantize_tiles and gemm many, `tile` at a time. The `bytes` are multiples of 64.
   int tile;
   int64_t (*token_bytes)(int64_t k);
   int64_t (*tile_bytes)(int64_t k);
   int64_t (*panel_bytes)(const WeightView&);
-  void (*quantize)(const LinearArgs&, int64_t begin_token, int64_t end_token);
+  void (*quantize)(const LinearArgs&, int64_t token, int64_t begin, int64_t end);
   void (*quantize_tiles)(const LinearArgs&, int64_t begin_tile, int64_t end_tile);
   void (*gemv)(const LinearArgs&, int64_t begin, int64_t end);
   void (*gemm)(const LinearArgs&, int64_t begin, int64_t end, std::byte* panel);

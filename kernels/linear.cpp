@@ -9,7 +9,7 @@
 namespace q4s {
 namespace {
 
-constexpr int64_t kGrain = 32;  // rows; a multiple of what any kernel takes at a time
+constexpr int64_t kGrain = 32, kRowGrain = 16;  // rows; multiples of what the kernels take at a time
 
 int64_t row_scratch(const WeightView& w) { return round_up(w.k * 4, 64); }
 
@@ -24,6 +24,17 @@ Path path_of(const WeightView& w, int64_t tokens) {
   const bool groups = w.group == 32 || w.group == 64 || w.group % 128 == 0 || w.group >= w.k;
   if (ours && groups && !exact_activations) return tokens <= kFew ? Path::kVector : Path::kMatrix;
   return tokens <= kFew ? Path::kDot : Path::kDense;
+}
+
+// The first bytes that a thread will read of w, into its second cache: the memory does not idle while activations
+// are made ready and threads meet. gemv asks for the rest as it goes.
+void fetch_start(const WeightView& w, Part part) {
+  constexpr int64_t kBytes = 12288;
+  const auto [begin, end] = part.of(w.n, kRowGrain);
+  if (begin == end) return;
+  const uint8_t* p = w.row(begin);
+  const int64_t bytes = std::min(kBytes, (end - begin) * row_bytes(w.format, w.k));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 }  // namespace
@@ -63,8 +74,14 @@ void linear_prepare(const LinearArgs& a, Part part) {
   const CpuKernels& kernels = cpu_kernels();
   const Path path = path_of(a.w, a.tokens);
   if (path == Path::kVector) {
-    const auto [begin, end] = part.of(a.tokens);
-    kernels.quantize(a, begin, end);
+    fetch_start(a.w, part);
+    constexpr int64_t kColumns = 1024;  // a piece of one token's row
+    const int64_t pieces = ceil_div(a.w.k, kColumns);
+    const auto [begin, end] = part.of(a.tokens * pieces);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i % pieces * kColumns;
+      kernels.quantize(a, i / pieces, column, std::min(a.w.k, column + kColumns));
+    }
   }
   if (path == Path::kMatrix || path == Path::kDense) {
     const auto [begin, end] = part.of(ceil_div(a.tokens, kernels.tile));
@@ -83,7 +100,7 @@ void linear(const LinearArgs& a, Part part) {
       return kernels.dot_rows(own, begin, end);
     }
     case Path::kVector: {
-      const auto [begin, end] = part.of(n, 16);
+      const auto [begin, end] = part.of(n, kRowGrain);
       return kernels.gemv(a, begin, end);
     }
     case Path::kMatrix: {

@@ -53,38 +53,36 @@ inline float scale_factor(const WeightView& w) {
 }
 
 template <bool q4>
-void quantize_tokens_as(const LinearArgs& a, int64_t begin, int64_t end) {
+void quantize_token_as(const LinearArgs& a, int64_t t, int64_t begin, int64_t end) {
   constexpr int64_t kCols = q4 ? 2 * kBytes : kBytes;
   const int64_t k = a.w.k;
   const int32_t offset = offset_of(a.w);
   const Layout at = token_layout(k);
-  for (int64_t t = begin; t < end; ++t) {
-    int8_t* q = reinterpret_cast<int8_t*>(a.scratch + t * at.bytes);
-    int32_t* init = reinterpret_cast<int32_t*>(q + at.init);
-    float* scale = reinterpret_cast<float*>(q + at.scale);
-    for (int64_t c = 0; c < k; c += kSpan) {
-      Span span;
-      quantize_span(a.x + t * k + c, min64(kSpan, k - c), span);
-      for (int b = 0; b < kSpan / kBlock; ++b) scale[c / kBlock + b] = span.scale[b] * scale_factor(a.w);
-      if constexpr (q4) {
-        for (int l = 0; l < kSpan / 8; ++l)
-          init[c / 8 + l] = -offset * (span.sum[2 * l] + span.sum[2 * l + 1]);
-        for (int64_t i = 0; i < kSpan; i += kBlock) {
-          int8_t* even = q + (c + i) / kCols * kCols + (c + i) % kCols / 2;
-          split_columns(span.q + i, even, even + kBytes);
-        }
-      } else {
-        for (int l = 0; l < kSpan / 4; ++l) init[c / 4 + l] = -offset * span.sum[l];
-        std::memcpy(q + c, span.q, kSpan);
+  int8_t* q = reinterpret_cast<int8_t*>(a.scratch + t * at.bytes);
+  int32_t* init = reinterpret_cast<int32_t*>(q + at.init);
+  float* scale = reinterpret_cast<float*>(q + at.scale);
+  for (int64_t c = begin; c < end; c += kSpan) {
+    Span span;
+    quantize_span(a.x + t * k + c, min64(kSpan, k - c), span);
+    for (int b = 0; b < kSpan / kBlock; ++b) scale[c / kBlock + b] = span.scale[b] * scale_factor(a.w);
+    if constexpr (q4) {
+      for (int l = 0; l < kSpan / 8; ++l)
+        init[c / 8 + l] = -offset * (span.sum[2 * l] + span.sum[2 * l + 1]);
+      for (int64_t i = 0; i < kSpan; i += kBlock) {
+        int8_t* even = q + (c + i) / kCols * kCols + (c + i) % kCols / 2;
+        split_columns(span.q + i, even, even + kBytes);
       }
+    } else {
+      for (int l = 0; l < kSpan / 4; ++l) init[c / 4 + l] = -offset * span.sum[l];
+      std::memcpy(q + c, span.q, kSpan);
     }
   }
 }
-void quantize_tokens(const LinearArgs& a, int64_t begin, int64_t end) {
+void quantize_token(const LinearArgs& a, int64_t t, int64_t begin, int64_t end) {
   if (a.w.format == Format::kQ4)
-    quantize_tokens_as<true>(a, begin, end);
+    quantize_token_as<true>(a, t, begin, end);
   else
-    quantize_tokens_as<false>(a, begin, end);
+    quantize_token_as<false>(a, t, begin, end);
 }
 
 template <bool q4>
