@@ -159,6 +159,8 @@ int run(int argc, char** argv) {
     sequences = std::max(sequences, t.batch);
   }
 
+  const std::vector<int64_t> thread_counts = list("threads", 0, 1024);  // refused before the model is opened
+
   LlamaModel model;
   if (cli.given("shape")) {
     const bool q4 = cli.get("weights") == "q4";
@@ -174,7 +176,7 @@ int run(int argc, char** argv) {
   Json rows = Json::array();
   if (!cli.on("json"))
     out("| model | size | backend | test | t/s | GB/s | % of read |\n|---|---|---|---|---|---|---|\n");
-  for (int64_t threads : list("threads", 0, 1024)) {
+  for (int64_t threads : thread_counts) {
     std::string note;
     const std::unique_ptr<Backend> backend = make_backend(cli.get("device"), int(threads), &note);
     if (!note.empty()) log_info("%s", note.c_str());

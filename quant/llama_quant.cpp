@@ -168,6 +168,26 @@ int inspect(const Cli& cli) {
   return 0;
 }
 
+// What can be refused before any work: a pattern that meets no linear, a budget below the coarsest choice.
+void check_choices(const Cli& cli, const LlamaConfig& c, const QuantizeOptions& options) {
+  std::vector<std::string> names;
+  for (int64_t block = 0; block < c.layers; ++block)
+    for (const Unit u : kUnits) names.push_back(unit_name(block, u));
+  const auto require = [&](const std::string& option, const std::string& text, const std::regex& pattern) {
+    for (const std::string& name : names)
+      if (std::regex_search(name, pattern)) return;
+    throw Error(ErrorKind::kUsage, option + ": \"" + text + "\" meets no linear; they are named " +
+                                       names.front() + " to " + names.back());
+  };
+  if (options.only) require("--only", cli.get("only"), *options.only);
+  for (size_t i = 0; i < options.special.size(); ++i)
+    require("--tensor", cli.get_list("tensor")[i], options.special[i].first);
+  if (!cli.given("bpw") || options.only) return;
+  if (const double least = planned_bits(c, options); cli.get_real("bpw") < least)
+    throw Error(ErrorKind::kUsage, strprintf("--bpw %.3f: the coarsest choice takes %.3f bits a weight",
+                                             cli.get_real("bpw"), least));
+}
+
 int quantize(const Cli& cli) {
   const auto start = Clock::now();
   Report report;
@@ -192,18 +212,21 @@ int quantize(const Cli& cli) {
   Calibration calibration;
   if (samples && !self_written)
     calibration = calibration_from_text(*model.tokenizer, cli.get("calib"), samples, seq_len, options.seed);
+  check_choices(cli, c, options);
+  std::vector<std::string> inputs = {source};
+  if (!self_written) inputs.push_back(cli.get("calib"));
+  if (!cli.on("dry-run")) {
+    if (target.empty()) throw Error(ErrorKind::kUsage, "OUT is missing (or --dry-run, --show, --verify)");
+    check_output(target, cli.on("force") || cli.on("resume"), inputs);
+    if (cli.given("report")) check_output(cli.get("report"), true, inputs);
+  }
   show_plan(model, options, samples, seq_len, self_written);
   if (samples && samples * seq_len < 8 * widest)
     log_warn("%lld calibration tokens are few for inputs of width %lld: at least %lld are better",
              (long long)(samples * seq_len), (long long)widest, (long long)(8 * widest));
   if (cli.on("dry-run")) return 0;
-  if (target.empty()) throw Error(ErrorKind::kUsage, "OUT is missing (or --dry-run, --show, --verify)");
 
   Graceful graceful;
-  std::vector<std::string> inputs = {source};
-  if (!self_written) inputs.push_back(cli.get("calib"));
-  check_output(target, cli.on("force") || cli.on("resume"), inputs);
-  if (cli.given("report")) check_output(cli.get("report"), true, inputs);
   std::string note;
   const std::unique_ptr<Backend> backend =
       make_backend(cli.get("device"), int(cli.get_integer("threads")), &note);

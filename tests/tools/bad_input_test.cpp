@@ -160,10 +160,13 @@ TEST_CASE("values out of range and contradictions are usage errors") {
                                              {"--shape", "nonsense"},
                                              {path, "-p", "0", "-n", "0"},
                                              {path, "-p", "1,,2"},
+                                             {path, "-t", "5000"},
                                              {path, "-r", "0"}}) {
     std::vector<std::string> command = {tool("llama-bench")};
     command.insert(command.end(), more.begin(), more.end());
-    CHECK(run(command).code == 2);
+    const Finished f = run(command);
+    CHECK(f.code == 2);
+    CHECK(f.out == "");
   }
 }
 

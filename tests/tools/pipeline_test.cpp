@@ -1,6 +1,7 @@
 // A checkpoint through the tools: quantised, looked at, run, measured; interrupted and resumed; spoiled.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -227,6 +228,17 @@ TEST_CASE("what cannot be quantised is refused before any work") {
                                                                                     {"--only", "("},
                                                                                     {"--tensor", "x"},
                                                                                     {"--tensor", "x=g5"},
-                                                                                    {"another"}})
-    CHECK(run(quantise(dir / "good.gguf", dir / "out.q4s", more)).code == 2);
+                                                                                    {"--only", "attn"},
+                                                                                    {"--tensor", "up_proj=g32"},
+                                                                                    {"--bpw", "1"},
+                                                                                    {"another"}}) {
+    CAPTURE(more[0]);
+    const Finished f = run(quantise(dir / "good.gguf", dir / "out.q4s", more));
+    CAPTURE(f.err);
+    CHECK(f.code == 2);
+    CHECK(std::count(f.err.begin(), f.err.end(), '\n') == 1);
+  }
+  const Finished nowhere = run({tool("llama-quant"), dir / "good.gguf"});
+  CHECK(nowhere.code == 2);
+  CHECK(std::count(nowhere.err.begin(), nowhere.err.end(), '\n') == 1);
 }
