@@ -58,6 +58,14 @@ double split_us(const Q4GemmConfig& c, int multiprocessors) {
          (rest ? wave(rest) : 0);
 }
 
+double few_us(const Q4GemmConfig& c) {
+  const int64_t most = ceil_div(c.row_blocks, c.clusters), bands = ceil_div(most, 12), band = ceil_div(most, bands);
+  const double ways = band > 6 ? 1 : band > 4 ? 2 : 3;
+  // A warp's way through a unit; reading it.
+  const double unit = std::max(0.5 / ways, 0.045 * double(band));
+  return 4.2 + double(c.column_blocks * bands * ceil_div(c.k_blocks, c.splits)) * unit;
+}
+
 }  // namespace
 
 std::string Q4GemmConfig::print() const {
@@ -69,6 +77,9 @@ std::string Q4GemmConfig::print() const {
   else if (kernel == Q4GemmKernel::kSplit)
     std::snprintf(text, sizeof text, "split %dx%d grid %dx%d, %d units in %d parts", rows, columns,
                   row_blocks, column_blocks, k_blocks, splits);
+  else if (kernel == Q4GemmKernel::kFew)
+    std::snprintf(text, sizeof text, "few %dx%d, %d tiles of rows over %d clusters, %d units in 2 parts", rows,
+                  columns, row_blocks, clusters, k_blocks);
   else
     std::snprintf(text, sizeof text, "mma.sync %dx%d grid %dx%d, %d parts of K", rows, columns, row_blocks,
                   column_blocks, splits);
@@ -108,6 +119,18 @@ Q4GemmConfig q4_gemm_config_split(const Q4GemmShape& s, Q4GemmTile t, int splits
   return c;
 }
 
+Q4GemmConfig q4_gemm_config_few(const Q4GemmShape& s) {
+  Q4GemmConfig c;
+  c.kernel = Q4GemmKernel::kFew;
+  c.rows = kQ4TileRows, c.columns = kQ4GemmFewTokens, c.splits = 2;
+  c.k_blocks = int(ceil_div(s.w.k, kQ4GemmUnit));
+  c.row_blocks = int(s.w.n_tiles());
+  c.column_blocks = int(ceil_div(s.tokens, c.columns));
+  c.clusters = std::clamp(s.multiprocessors / c.splits, 1, c.row_blocks);
+  c.workspace_bytes = kFlagBytes;
+  return c;
+}
+
 Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape& s) {
   Q4GemmConfig c;
   c.rows = 128, c.columns = s.tokens <= 16 ? 16 : 64;
@@ -138,6 +161,10 @@ Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
       const Q4GemmConfig c = q4_gemm_config_stream(s, t, stream);
       consider(c, stream_us(c, s.multiprocessors));
     }
+  if (s.tokens <= kQ4GemmFewTokens) {
+    const Q4GemmConfig c = q4_gemm_config_few(s);
+    consider(c, few_us(c));
+  }
   for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
     // For few tokens, in at most two columns of tiles: more of them read the activations too often.
     if (s.tokens > 256 || (t.columns < 128 && 2 * t.columns < s.tokens)) continue;

@@ -70,6 +70,7 @@ void q4_gemm_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t strea
   switch (c.kernel) {
     case Q4GemmKernel::kStream: return q4_gemm_stream_cuda(a, c, stream);
     case Q4GemmKernel::kSplit: return q4_gemm_split_cuda(a, c, stream);
+    case Q4GemmKernel::kFew: return q4_gemm_few_cuda(a, c, stream);
     case Q4GemmKernel::kPortable: return q4_gemm_mma_cuda(a, c, stream);
   }
 }

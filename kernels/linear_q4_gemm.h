@@ -1,7 +1,7 @@
 // y = x W^T for many tokens, W in Q4 tiles (q4_tiles.h), x fp16, fp32 accumulation on the tensor cores.
 //
 // The product is computed as y^T = W x^T: the int4 weights become the register operand of the mma, tokens are
-// its columns. Three kernels: two for sm_90a (warpgroup mma, TMA, clusters), for many tokens and for few, and
+// its columns. Four kernels: three for sm_90a (warpgroup mma, TMA, clusters), from many tokens to few, and
 // a plain mma.sync one for sm_80 and up, which also takes the group sizes the others do not. Values: w' =
 // fp16(scale * (q - 8)) (or q - 7.5), so |y - exact| <= sum |w x| (2^-11 + 2^-11 + small) when x was rounded
 // from f32. Sums run in an order fixed by shape and config: the same bits at every run.
@@ -25,6 +25,7 @@ struct Q4GemmShape {
 enum class Q4GemmKernel : uint8_t {
   kStream,    // sm_90a, persistent: parts of (tile, K) dealt over the clusters
   kSplit,     // sm_90a: a tile is computed by a cluster, each block a part of K
+  kFew,       // sm_90a, persistent: tiles of rows dealt over clusters, each of whose blocks has a part of K
   kPortable,  // mma.sync
 };
 constexpr int kQ4GemmUnit = 128;  // columns of W: K is cut by units on sm_90a
@@ -33,15 +34,16 @@ constexpr int kQ4GemmUnit = 128;  // columns of W: K is cut by units on sm_90a
 // kStream: `cluster` blocks below each other share the activations by multicast. Work is counted in (tile,
 // unit); `whole` tiles go to one cluster each, round robin; the units of the `streamed` ones are dealt evenly
 // over the clusters, their parts summed in order.
+// kFew: two blocks a cluster, each half of K; each of `clusters` has a run of row blocks of 16.
 struct Q4GemmConfig {
   Q4GemmKernel kernel = Q4GemmKernel::kPortable;
   int rows = 0, columns = 0, cluster = 1;
   int k_blocks = 0;                       // units of K; kPortable: tiles of 64 columns
   int row_blocks = 0, column_blocks = 0;  // tiles (of a cluster): row_blocks covers rows * cluster rows each
   int band = 1;                           // column blocks that run beside each other, for L2
-  int clusters = 0;                       // launched by kStream
+  int clusters = 0;                       // launched by kStream, kFew
   int streamed = 0, whole = 0;            // tiles; the streamed ones come first
-  int splits = 1;                         // kSplit, kPortable: parts of K
+  int splits = 1;                         // kSplit, kFew, kPortable: parts of K
   size_t workspace_bytes = 0;
   std::string print() const;
 };
@@ -54,11 +56,14 @@ constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {128, 256, 2}};
 constexpr Q4GemmTile kQ4GemmSplitTiles[] = {
     {128, 32, 1}, {256, 32, 1}, {128, 64, 1}, {128, 128, 1}, {256, 128, 1}};
 constexpr int kQ4GemmMostSplits = 8;  // blocks of a cluster
+constexpr int kQ4GemmFewTokens = 16;  // of a tile of kFew
 
 // kStream with one tile; `stream` deals the tiles beyond full waves in parts.
 Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape&, Q4GemmTile, bool stream);
 // kSplit with one tile and at most `splits` parts of K.
 Q4GemmConfig q4_gemm_config_split(const Q4GemmShape&, Q4GemmTile, int splits);
+// kFew.
+Q4GemmConfig q4_gemm_config_few(const Q4GemmShape&);
 // The mma.sync kernel.
 Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape&);
 // The best of them by an estimate of the time. Pure.

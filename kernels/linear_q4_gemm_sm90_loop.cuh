@@ -235,5 +235,6 @@ Q4Maps q4_gemm_maps(const Q4GemmArgs&, int rows, int x_columns, int stage_tiles,
 
 void q4_gemm_stream_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
 void q4_gemm_split_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
+void q4_gemm_few_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
 
 }  // namespace q4s

@@ -1,10 +1,10 @@
 // Prefill kernels on the device: a bring-up ladder (kernels in processes of their own, so that a fault in one
 // does not hide the others), random shapes against fp64, repeatability, and times beside cuBLAS of the same
 // process.
-//   prefill_bench_cuda [--check | --quick | --sweep | --attention | --profile TOKENS] [--no-fork]
+//   prefill_bench_cuda [--check | --quick | --sweep | --few | --attention | --profile TOKENS] [--no-fork]
 // --check: few small shapes and no timing, for compute-sanitizer (with --no-fork). --quick: the goals' table
-// alone behind fewer random shapes. --sweep: every tile and way of cutting too. --attention: that alone.
-// --profile: the four products of a layer and nothing else, for a profiler.
+// alone behind fewer random shapes. --sweep: every tile and way of cutting too; --few: up to 32 tokens only.
+// --attention: that alone. --profile: the four products of a layer and nothing else, for a profiler.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -115,7 +115,7 @@ GemmCase random_case(std::mt19937_64& r) {
 bool random_shapes(int count, int sms, bool hopper) {
   std::mt19937_64 r(7);
   double worst = 0;
-  int failed = 0, of_kernel[3] = {}, streamed = 0;
+  int failed = 0, of_kernel[4] = {}, streamed = 0;
   const double start = seconds();
   for (int i = 0; i < count; ++i) {
     const GemmCase c = random_case(r);
@@ -124,7 +124,9 @@ bool random_shapes(int count, int sms, bool hopper) {
     // Every fourth the choice of the library, else any tile of any kernel.
     if (config.kernel != Q4GemmKernel::kPortable) {
       const size_t t = r();
-      if (i % 4 == 1) config = q4_gemm_config_portable(s);
+      if (i % 8 == 1) config = q4_gemm_config_portable(s);
+      if (i % 8 == 5)
+        config = q4_gemm_config_few(s);
       if (i % 4 == 2)
         config = q4_gemm_config_stream(s, kQ4GemmStreamTiles[t % std::size(kQ4GemmStreamTiles)], r() % 2);
       if (i % 4 == 3)
@@ -137,8 +139,8 @@ bool random_shapes(int count, int sms, bool hopper) {
   }
   std::printf(
       "random shapes: %d, %d failed, worst error/bound %.3f (stream %d of which %d in parts, split %d, "
-      "mma.sync %d; %.1f s)\n",
-      count, failed, worst, of_kernel[0], streamed, of_kernel[1], of_kernel[2], seconds() - start);
+      "few %d, mma.sync %d; %.1f s)\n",
+      count, failed, worst, of_kernel[0], streamed, of_kernel[1], of_kernel[2], of_kernel[3], seconds() - start);
   return failed == 0;
 }
 
@@ -155,6 +157,14 @@ std::vector<Rung> rungs(int sms) {
     return std::string(kind) + ' ' + std::to_string(t.rows) + 'x' + std::to_string(t.columns) + 'c' +
            std::to_string(t.cluster);
   };
+  for (int share : {5, 19}) {
+    all.push_back({"few /" + std::to_string(share), kQ4GemmFewTokens, [=](const GemmCase& c, bool more) {
+                     Q4GemmConfig config = q4_gemm_config_few(shape_of(c, sms, true));
+                     // Row tiles of a cluster: in turns, in one band, in several.
+                     if (more) config.clusters = std::max(1, config.row_blocks / share);
+                     return config;
+                   }});
+  }
   for (const Q4GemmTile& t : kQ4GemmSplitTiles)
     for (int splits : {3, 8})
       all.push_back(
@@ -170,7 +180,7 @@ std::vector<Rung> rungs(int sms) {
   return all;
 }
 
-enum class Mode { kCheck, kQuick, kPlain, kSweep };
+enum class Mode { kCheck, kQuick, kPlain, kSweep, kFew };
 
 int run_attention() {
   const int failed = check_attentions(false);
@@ -226,8 +236,11 @@ int run(Mode mode, bool fork_allowed) {
   const int count = mode == Mode::kCheck ? 12 : mode == Mode::kQuick ? 40 : 220;
   if (bad == 0 && !random_shapes(count, p.multiProcessorCount, p.major == 9)) ++bad;
   if (mode != Mode::kCheck && p.major == 9) {
-    const double peak = time_gemm(p.multiProcessorCount, mode == Mode::kSweep);
-    time_attention(peak, mode == Mode::kSweep);
+    std::vector<int64_t> counts = {8, 16, 32};
+    if (mode != Mode::kFew) counts.insert(counts.end(), {64, 128, 256, 512, 2048, 8192});
+    const bool sweep = mode == Mode::kSweep || mode == Mode::kFew;
+    const double peak = time_gemm(p.multiProcessorCount, sweep, counts);
+    if (mode != Mode::kFew) time_attention(peak, sweep);
   }
   std::printf(bad ? "\nFAILED: %d\n" : "\nall correct\n", bad);
   return bad ? 1 : 0;
@@ -247,6 +260,8 @@ int main(int argc, char** argv) {
       mode = q4s::Mode::kQuick;
     else if (a == "--sweep")
       mode = q4s::Mode::kSweep;
+    else if (a == "--few")
+      mode = q4s::Mode::kFew;
     else if (a == "--no-fork")
       fork_allowed = false;
     else if (a == "--attention")
@@ -256,7 +271,8 @@ int main(int argc, char** argv) {
     else
       return std::fprintf(
                  stderr,
-                 "prefill_bench_cuda [--check | --quick | --sweep | --attention | --profile TOKENS] [--no-fork]\n"),
+                 "prefill_bench_cuda [--check | --quick | --sweep | --few | --attention | --profile TOKENS] "
+                 "[--no-fork]\n"),
              2;
   }
   try {

@@ -136,6 +136,7 @@ inline std::vector<Q4GemmConfig> cuts(const Q4GemmShape& shape) {
       if (all.back().splits < splits) all.pop_back();
     }
   }
+  if (tokens <= 2 * kQ4GemmFewTokens) all.push_back(q4_gemm_config_few(shape));
   for (const Q4GemmTile& t : kQ4GemmStreamTiles) {
     if (t.columns > 2 * tokens) continue;
     for (bool stream : {false, true}) {
@@ -147,7 +148,7 @@ inline std::vector<Q4GemmConfig> cuts(const Q4GemmShape& shape) {
 }
 
 // Returns what cuBLAS makes of 8192^3, the peak that attention is measured against.
-inline double time_gemm(int sms, bool sweep) {
+inline double time_gemm(int sms, bool sweep, const std::vector<int64_t>& counts) {
   LayerBench bench(sms);
   size_t weights = 0;
   for (const LayerMatrix& m : kLayer) weights += kLayers * size_t(m.n * m.k);
@@ -156,7 +157,7 @@ inline double time_gemm(int sms, bool sweep) {
   std::printf("\ncuBLAS 8192^3: %.0f TFLOP/s fp16\n", peak);
   std::printf("us a matrix; 7B layer, g128, weights rotated over %d layers; PDL; ours and cuBLAS in turn\n",
               kLayers);
-  for (int64_t t : {16, 32, 64, 128, 256, 512, 2048, 8192}) {
+  for (int64_t t : counts) {
     std::vector<Q4GemmConfig> chosen, best;
     double flops = 0;
     for (int m = 0; m < 4; ++m) {

@@ -72,6 +72,23 @@ void check_split(const Q4GemmShape& s, const Q4GemmConfig& c) {
   REQUIRE(c.splits <= std::min(c.k_blocks, kQ4GemmMostSplits));
 }
 
+// Every cluster has row blocks, at once on the device.
+void check_few(const Q4GemmShape& s, const Q4GemmConfig& c) {
+  CAPTURE(c.print());
+  REQUIRE(c.kernel == Q4GemmKernel::kFew);
+  REQUIRE(int64_t(c.row_blocks) * c.rows >= s.w.n_tiles() * 16);
+  REQUIRE(int64_t(c.column_blocks) * c.columns >= s.tokens);
+  REQUIRE(int64_t(c.k_blocks) * kQ4GemmUnit >= s.w.k);
+  REQUIRE(c.clusters >= 1);
+  REQUIRE(c.clusters <= c.row_blocks);
+  REQUIRE(c.clusters * c.splits <= std::max(s.multiprocessors, c.splits));
+}
+
+void check(const Q4GemmShape& s, const Q4GemmConfig& c) {
+  if (c.kernel == Q4GemmKernel::kStream) return check_schedule(s, c);
+  c.kernel == Q4GemmKernel::kFew ? check_few(s, c) : check_split(s, c);
+}
+
 }  // namespace
 
 TEST_CASE("q4_gemm_config: every unit of work is dealt once, for every tile and shape") {
@@ -82,6 +99,7 @@ TEST_CASE("q4_gemm_config: every unit of work is dealt once, for every tile and 
     const Q4GemmTile tile = kQ4GemmStreamTiles[r() % std::size(kQ4GemmStreamTiles)];
     check_schedule(s, q4_gemm_config_stream(s, tile, i % 2));
     check_split(s, q4_gemm_config_split(s, kQ4GemmSplitTiles[r() % std::size(kQ4GemmSplitTiles)], 1 + int(r() % 8)));
+    check_few(s, q4_gemm_config_few(s));
   }
 }
 
@@ -90,7 +108,7 @@ TEST_CASE("q4_gemm_config: the choice") {
     for (auto [n, k] : {std::pair<int64_t, int64_t>{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}, {576, 576}}) {
       const Q4GemmShape s = shape(tokens, n, k);
       const Q4GemmConfig c = q4_gemm_config(s);
-      c.kernel == Q4GemmKernel::kStream ? check_schedule(s, c) : check_split(s, c);
+      check(s, c);
       CHECK(c.print() == q4_gemm_config(s).print());
     }
   // Whole waves of large tiles when there is plenty of work.

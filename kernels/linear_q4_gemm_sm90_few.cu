@@ -1,0 +1,215 @@
+// The Hopper kernel of linear_q4_gemm.h for up to 16 tokens, where reading the weights takes the time. One
+// block a multiprocessor, small enough that the next product's stands beside it and has its first weights
+// when the activations come. Each cluster of two owns a run of 16-row tiles, each of its blocks half of K.
+// Twelve warps multiply by mma.sync, which waits for no other warp: each takes a tile of rows, and every
+// second or third unit of K where there are few tiles. Codes enter the tensor core as the integers they are,
+// and the sums of a group are scaled. Parts of a sum are pushed to the block that adds them, in a fixed order,
+// where warps of their own take them to their place.
+#include "kernels/cuda_check.h"
+#include "kernels/linear_q4_gemm_sm90_few_multiply.cuh"
+#include "kernels/linear_q4_gemm_sm90_few_sink.cuh"
+
+namespace q4s {
+namespace {
+
+// Warps: those that multiply, one that asks for weights, one for activations, those that take sums away.
+constexpr int kMultiply = kQ4FewMultiply, kSinkWarp = kMultiply + 2, kSinkWarps = 2;
+constexpr int kThreads = (kSinkWarp + kSinkWarps) * 32;
+
+struct Params {
+  Q4GemmSink sink;
+  Q4Operands operands;
+  Q4FewLayout layout;
+  int units, tiles, columns, clusters;
+  bool scale_sums;  // groups of whole units of integer codes; else weights are scaled one by one
+};
+
+#if Q4S_SM90A
+
+using namespace hopper;
+constexpr int kWeightWarp = kMultiply, kXWarp = kMultiply + 1;
+
+// What a block does, in order: columns of tokens; of each, bands of row tiles; of each, units of K. Blocks
+// begin at different places of their part: all at once, they would ask the second cache for the same lines of
+// activations.
+struct Work {
+  int first, end, per_band, bands, begin, units, turn, columns, rank;
+  __device__ explicit Work(const Params& p) {
+    rank = int(blockIdx.x) % kQ4FewParts, columns = p.columns;
+    const int c = int(blockIdx.x) / kQ4FewParts;
+    first = int(int64_t(p.tiles) * c / p.clusters);
+    end = int(int64_t(p.tiles) * (c + 1) / p.clusters);
+    per_band = p.layout.band, bands = (end - first + per_band - 1) / per_band;
+    begin = p.units * rank / kQ4FewParts, units = p.units * (rank + 1) / kQ4FewParts - begin;
+    turn = units ? c % units : 0;  // a short K leaves a block without any
+  }
+  __device__ int unit(int i) const {
+    const int at = i + turn;
+    return begin + (at < units ? at : at - units);
+  }
+  __device__ int band(int b) const { return first + per_band * b; }  // its first tile
+  __device__ int tiles(int b) const { return min(per_band, end - band(b)); }
+};
+
+// A place in the ring, whose length is not a constant.
+struct Place {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void next(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+// A whole band, also where the cluster has less: one box each of weights and scales. The copy engine takes
+// some 80 cycles a box, however small.
+__device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4Maps& maps, const Work& work) {
+  Place at;
+  const uint32_t bytes = uint32_t(sh.l.w_bytes + sh.l.band * p.operands.box_groups * 32);
+  for (int column = 0; column < work.columns; ++column)
+    for (int b = 0; b < work.bands; ++b)
+      for (int i = 0; i < work.units; ++i, at.next(sh.l.stages)) {
+        barrier_wait(sh.empty + at.stage * 8, at.parity ^ 1);
+        const uint32_t full = sh.full_w + at.stage * 8;
+        barrier_arrive_expect(full, bytes);
+        const int k_tile = work.unit(i) * kQ4UnitTiles;
+        const int group =
+            p.operands.tile_groups ? int(__umulhi(uint32_t(k_tile), p.operands.tile_groups)) : k_tile * p.operands.fine;
+        tma_load(sh.x + sh.l.w + at.stage * sh.l.w_bytes, &maps.w, k_tile * (kQ4TileBytes / 4), work.band(b), full);
+        tma_load(sh.x + sh.l.s + at.stage * sh.l.s_bytes, &maps.s, group * 16, work.band(b), full);
+      }
+}
+
+__device__ void ask_for_activations(const Q4FewShared& sh, const Q4Maps& maps, const Work& work) {
+  Place at;
+  for (int column = 0; column < work.columns; ++column)
+    for (int b = 0; b < work.bands; ++b)
+      for (int i = 0; i < work.units; ++i, at.next(sh.l.stages)) {
+        barrier_wait(sh.empty + at.stage * 8, at.parity ^ 1);
+        const uint32_t full = sh.full_x + at.stage * 8;
+        barrier_arrive_expect(full, kQ4FewXBytes);
+#pragma unroll
+        for (int tile = 0; tile < kQ4UnitTiles; ++tile)
+          tma_load(sh.x + at.stage * kQ4FewXBytes + tile * kQ4FewXTileBytes, &maps.x,
+                   (work.unit(i) * kQ4UnitTiles + tile) * kQ4TileCols, column * kQ4FewTokens, full);
+      }
+}
+
+// Sums of eight tokens go to one block of the cluster: [of source][way][row tile][lane] of 16 bytes.
+__device__ void multiply(const Q4FewShared& sh, const Params& p, const Work& work) {
+  const Q4FewMultiplier me(sh, p.operands);
+  uint32_t to[kQ4FewParts], full[kQ4FewParts];
+#pragma unroll
+  for (int r = 0; r < kQ4FewParts; ++r)
+    to[r] = remote_address(sh.sums + me.lane * 16, r), full[r] = remote_address(sh.full_sums, r);
+  uint32_t parity = 1, u0 = 0;  // units before this band
+  for (int column = 0; column < work.columns; ++column)
+    for (int b = 0; b < work.bands; ++b, parity ^= 1, u0 += work.units) {
+      // All at the same band: a warp without work in the last one is not a turn of the ring ahead.
+      if (column + b > 0) named_barrier(1, kMultiply * 32);
+      const int tiles = work.tiles(b), ways = q4_few_ways(tiles), row = me.warp % tiles, way = me.warp / tiles;
+      if (way >= ways) continue;
+      const uint32_t u = u0 + way, turns = u / sh.l.stages, weight = row == 0 ? kQ4FewBand + 1 - tiles : 1;
+      float acc[2][4];
+      if (p.scale_sums)
+        me.tile<true>(row, ways, work.units - way, int(u - turns * sh.l.stages), turns & 1, weight, acc);
+      else
+        me.tile<false>(row, ways, work.units - way, int(u - turns * sh.l.stages), turns & 1, weight, acc);
+      barrier_wait(sh.empty_sums, parity);
+      const uint32_t place = ((work.rank * ways + way) * tiles + row) * 512;
+#pragma unroll
+      for (int j = 0; j < kQ4FewParts; ++j)
+        store_async(to[j] + place, make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]), full[j]);
+    }
+}
+
+// The sums that this block adds, to their place: 16 rows x 8 tokens a warp at a time, always the same tokens.
+__device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& work) {
+  constexpr int kPieces = kQ4FewBand / kSinkWarps / 2, kBatch = kPieces * kSinkWarps;
+  const int warp = int(threadIdx.x) / 32 - kSinkWarp, lane = int(threadIdx.x) % 32;
+  uint32_t parity = 0;
+  for (int column = 0; column < work.columns; ++column) {
+    Q4FewSink<kPieces> sink(p.sink, lane, column * kQ4FewTokens + work.rank * 8);
+    for (int b = 0; b < work.bands; ++b, parity ^= 1) {
+      const int first = work.band(b), tiles = work.tiles(b), parts = kQ4FewParts * q4_few_ways(tiles);
+      if (warp == 0 && lane == 0) barrier_arrive_expect(sh.full_sums, parts * tiles * 512);
+      for (int batch = 0; batch < tiles; batch += kBatch) {
+        const auto tile = [&](int i) {
+          const int row = batch + warp + i * kSinkWarps;
+          return row < tiles ? first + row : -1;
+        };
+        sink.fetch(p.sink, tile);
+        barrier_wait(sh.full_sums, parity);
+        float4 sum[kPieces];
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          sum[i] = make_float4(0, 0, 0, 0);
+          if (tile(i) < 0) continue;
+          for (int part = 0; part < parts; ++part) {
+            const uint4 v = load_shared(sh.sums + (part * tiles + tile(i) - first) * 512 + lane * 16);
+            sum[i].x += __uint_as_float(v.x), sum[i].y += __uint_as_float(v.y);
+            sum[i].z += __uint_as_float(v.z), sum[i].w += __uint_as_float(v.w);
+          }
+        }
+        if (batch + kBatch >= tiles) {
+          __syncwarp();
+          if (lane < kQ4FewParts) barrier_arrive_remote(sh.empty_sums, lane);
+        }
+        sink.finish(p.sink, tile, sum);
+      }
+    }
+  }
+}
+
+#endif  // Q4S_SM90A
+
+__global__ void __launch_bounds__(kThreads, 2)
+    q4_gemm_few_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
+#if Q4S_SM90A
+  extern __shared__ __align__(1024) uint8_t raw[];
+  pdl_trigger();
+  const Q4FewShared sh(p.layout, raw);
+  if (threadIdx.x < 32) sh.init(int(threadIdx.x), kQ4FewParts * kSinkWarps);
+  __syncthreads();
+  cluster_arrive_relaxed();
+  const Work work(p);
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
+  if (warp < kMultiply) {
+    cluster_wait();  // the other block's barriers exist
+    multiply(sh, p, work);
+  } else if (warp >= kSinkWarp) {
+    cluster_wait();
+    pdl_wait();
+    take_away(sh, p, work);
+  } else {
+    if (threadIdx.x == kWeightWarp * 32) {
+      tma_prefetch_map(&maps.w), tma_prefetch_map(&maps.s);
+      ask_for_weights(sh, p, maps, work);
+    } else if (threadIdx.x == kXWarp * 32) {
+      tma_prefetch_map(&maps.x);
+      pdl_wait();
+      ask_for_activations(sh, maps, work);
+    }
+    __syncwarp();
+    cluster_wait();
+  }
+  __syncwarp();
+  cluster_leave();  // the other block still sends to this one's memory
+#endif
+}
+
+}  // namespace
+
+void q4_gemm_few_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  Params p = {};
+  p.sink = q4_gemm_sink(a);
+  p.units = c.k_blocks, p.tiles = c.row_blocks, p.columns = c.column_blocks, p.clusters = c.clusters;
+  const int most = int(ceil_div(p.tiles, p.clusters));  // tiles of a cluster
+  q4_gemm_maps(a, kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
+  p.layout = q4_few_layout(most, p.operands.box_groups);
+  const Q4Maps maps = q4_gemm_maps(a, p.layout.band * kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
+  p.scale_sums = !p.operands.half_grid && p.operands.fine == 0;
+  launch("q4_gemm_few", q4_gemm_few_kernel, dim3(unsigned(c.clusters * kQ4FewParts)), kThreads, size_t(p.layout.bytes),
+         kQ4FewParts, a.pdl, stream, maps, p);
+}
+
+}  // namespace q4s

@@ -1,0 +1,157 @@
+// The inner part of linear_q4_gemm_sm90_few.cu: how a block's shared memory is laid out, and what a warp makes
+// of the units of K in it.
+#pragma once
+#include <algorithm>
+
+#include "kernels/linear_q4_gemm_sm90_loop.cuh"
+
+namespace q4s {
+
+constexpr int kQ4FewTokens = kQ4GemmFewTokens;
+constexpr int kQ4FewMultiply = 12;   // warps that do
+constexpr int kQ4FewParts = 2;       // of K: blocks of a cluster
+constexpr int kQ4FewBand = 12;       // most tiles of 16 rows that a block works on at a time
+constexpr int kQ4FewXTileBytes = kQ4FewTokens * 128, kQ4FewXBytes = kQ4FewXTileBytes * kQ4UnitTiles;
+constexpr int kQ4FewRowBytes = kQ4TileBytes * kQ4UnitTiles;  // of one tile of rows, a unit
+// Warps may take units in turn, `ways` of them. It divides the ring: a warp that comes to a stage again was the
+// one to empty it, and cannot mistake an earlier turn of the ring for this one.
+constexpr int kQ4FewRing = 6;  // divides the number of stages
+Q4S_HOST_DEVICE constexpr int q4_few_ways(int tiles) {
+  return tiles > kQ4FewMultiply / 2 ? 1 : tiles > kQ4FewMultiply / 3 ? 2 : 3;
+}
+
+// A block's shared memory: a ring of stages, each a unit of K: activations, weights of a band and their scales;
+// parts of sums; barriers. Offsets in bytes.
+struct Q4FewLayout {
+  int band, stages;
+  int w, w_bytes, s, s_bytes, sums, barriers, bytes;
+};
+inline Q4FewLayout q4_few_layout(int tiles, int box_groups) {  // most tiles of a cluster
+  Q4FewLayout l;
+  for (int64_t bands = ceil_div(tiles, kQ4FewBand);; ++bands) {
+    l.band = int(ceil_div(tiles, bands));
+    l.w_bytes = l.band * kQ4FewRowBytes;
+    l.s_bytes = int(round_up(l.band * box_groups * 32, 128));
+    const int sums = kQ4FewParts * kQ4FewMultiply * 512, limit = int(kQ4SharedBytesOfTwo) - sums - 512;
+    l.stages = std::min(limit / (kQ4FewXBytes + l.w_bytes + l.s_bytes), 16) / kQ4FewRing * kQ4FewRing;
+    if (l.stages == 0) continue;
+    l.w = l.stages * kQ4FewXBytes;
+    l.s = l.w + l.stages * l.w_bytes;
+    l.sums = l.s + l.stages * l.s_bytes;
+    l.barriers = l.sums + sums;
+    l.bytes = l.barriers + 512;
+    return l;
+  }
+}
+
+#if Q4S_SM90A
+
+struct Q4FewShared {
+  const Q4FewLayout& l;
+  const uint8_t* base;
+  uint32_t x, sums, full_w, full_x, empty, full_sums, empty_sums;
+  __device__ Q4FewShared(const Q4FewLayout& layout, const uint8_t* b) : l(layout), base(b) {
+    x = hopper::smem_address(b);
+    sums = x + l.sums;
+    full_w = x + l.barriers;
+    full_x = full_w + l.stages * 8;
+    empty = full_x + l.stages * 8;
+    full_sums = empty + l.stages * 8;
+    empty_sums = full_sums + 8;
+  }
+  // By one warp; a barrier of all must follow. A stage is released kQ4FewBand times, the sums by every warp
+  // that takes some.
+  __device__ void init(int lane, uint32_t sinks) const {
+    using hopper::barrier_init;
+    if (lane < l.stages)
+      barrier_init(full_w + lane * 8, 1), barrier_init(full_x + lane * 8, 1), barrier_init(empty + lane * 8, kQ4FewBand);
+    if (lane == 0) barrier_init(full_sums, 1), barrier_init(empty_sums, sinks);
+    hopper::barrier_init_fence();
+  }
+};
+
+// Codes q of a word as q - 8 in fp16, the A fragment of 16 rows x 16 columns.
+__device__ inline void q4_integers(uint32_t word, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool high = i % 2;
+    const uint32_t base = high ? 0x54005400u : 0x64006400u, offset = high ? 0x54805480u : 0x64086408u;
+    uint32_t bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+        : "=r"(bits)
+        : "r"(i < 2 ? word : word >> 8), "r"(high ? 0x00f000f0u : 0x000f000fu), "r"(base));
+    const __half2 q = __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(offset));
+    a[i] = reinterpret_cast<const uint32_t&>(q);
+  }
+}
+
+struct Q4FewMultiplier {
+  const Q4FewShared& sh;
+  const Q4Operands& p;
+  int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
+  int at_step[4];  // where a lane's row of an ldmatrix is, at each step of 16 columns: 16 tokens, two pieces of 8
+
+  __device__ Q4FewMultiplier(const Q4FewShared& shared, const Q4Operands& operands) : sh(shared), p(operands) {
+    const int token = lane / 16 * 8 + lane % 8, piece = lane / 8 % 2;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) at_step[step] = token * 128 + ((2 * step + piece) ^ token % 8) * 16;
+  }
+  // Sums of a tile of rows of a band, over every `ways`-th of `units` stages from (stage, parity) on.
+  // `weight`: how often a stage is released.
+  template <bool kScaleSums>
+  __device__ void tile(int row, int ways, int units, int stage, uint32_t parity, uint32_t weight, float (&acc)[2][4]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0;
+    const uint32_t words_at = sh.x + sh.l.w + row * kQ4FewRowBytes + lane * 16;
+    const __half* scales_at = reinterpret_cast<const __half*>(sh.base + sh.l.s) + row * p.box_groups * 16 + lane / 4;
+    for (int unit = 0; unit < units; unit += ways) {
+      hopper::barrier_wait(sh.full_w + stage * 8, parity);
+      const uint32_t words = words_at + stage * sh.l.w_bytes;
+      const uint4 loaded[2] = {hopper::load_shared(words), hopper::load_shared(words + kQ4TileBytes)};
+      const __half* scales = scales_at + stage * (sh.l.s_bytes / 2);
+      hopper::barrier_wait(sh.full_x + stage * 8, parity);
+      const uint32_t x = sh.x + stage * kQ4FewXBytes;
+      float part[2][4], scale[2];
+      Q4Fragment f;
+      if constexpr (kScaleSums)
+        scale[0] = __half2float(scales[0]), scale[1] = __half2float(scales[8]);
+      else
+        f.set(scales, p.half_grid);
+#pragma unroll
+      for (int t = 0; t < kQ4UnitTiles; ++t) {
+        const uint32_t word[4] = {loaded[t].x, loaded[t].y, loaded[t].z, loaded[t].w};
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          uint32_t a[4], b[4];
+          hopper::load_matrices(b, x + at_step[s] + t * kQ4FewXTileBytes);
+          if constexpr (kScaleSums) {
+            q4_integers(word[s], a);
+            if (t == 0 && s == 0) {
+              hopper::mma_fresh(part[0], a, b[0], b[1]);
+              hopper::mma_fresh(part[1], a, b[2], b[3]);
+            } else {
+              hopper::mma_add(part[0], a, b[0], b[1]);
+              hopper::mma_add(part[1], a, b[2], b[3]);
+            }
+          } else {
+            if (t > 0 && s == 0 && p.fine > 0) f.set(scales + p.fine * 16, p.half_grid);
+            if (s == 2 && p.fine > 1) f.set(scales + (t * 2 + 1) * 16, p.half_grid);
+            f.unpack(word[s], a);
+            hopper::mma_add(acc[0], a, b[0], b[1]);
+            hopper::mma_add(acc[1], a, b[2], b[3]);
+          }
+        }
+      }
+      __syncwarp();
+      if (lane == 0) hopper::barrier_arrive(sh.empty + stage * 8, weight);
+      if constexpr (kScaleSums)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] += scale[i % 4 / 2] * part[i / 4][i % 4];
+      if ((stage += ways) >= sh.l.stages) stage -= sh.l.stages, parity ^= 1;
+    }
+  }
+};
+
+#endif  // Q4S_SM90A
+
+}  // namespace q4s
