@@ -5,10 +5,15 @@
 // other the next x and stage it, it fills with the next product's weights, so that the memory never rests.
 //
 //   producer:    for each stage of all products: wait until it is empty, ask for its codes and scales
-//   multipliers: for each product: wait for its x, stage it; for each stage: multiply one unit, at the end of
-//                a row hand in the sums
+//   multipliers: for each product: attend, if that makes its x; wait for x, stage it; for each stage:
+//                multiply one unit, at the end of a row hand in the sums
 //   reducers:    for each row: wait for the sums, add them in the order of their columns, epilogue
 #pragma once
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "kernels/linear_decode_attention.cuh"
 #include "kernels/linear_decode_output.cuh"
 #include "kernels/linear_decode_tiles.cuh"
 #include "kernels/pdl.cuh"
@@ -16,11 +21,11 @@
 namespace q4s {
 
 // A warp that multiplies, through one phase of a product: unit `warp` of each stage.
-template <class Tile, int kScales, int kTokens>
+template <class Tile, int kScales, int kTokens, class Params>
 struct DecodeMultiplier {
-  const LinearDecodeParams& p;
+  const Params& p;
   uint8_t* shared;
-  uint32_t launch;
+  uint32_t number;  // of the first product
   int warp, lane;
 
   __device__ void run(LinearDecodeRing& ring, uint32_t& parities, int product, int phase) const {
@@ -28,15 +33,23 @@ struct DecodeMultiplier {
     constexpr int kUnitScales = kScales * kQ4TileRows;
     const LinearDecodeConfig& c = p.config;
     const LinearDecodeProduct& a = p.product[product];
-    const LinearDecodePart& part = c.part[product];
+    const LinearDecodePart& part = a.part;
     const int first = part.phase_begin(phase), units = part.phase_begin(phase + 1) - first;
-    const int rows = LinearDecodeRows(c, product).rows;
+    const int rows = LinearDecodeRows(part, product).rows;
     uint8_t* const x = shared + c.x;
     uint32_t* const meta = reinterpret_cast<uint32_t*>(shared + c.meta);
     float* const partial = reinterpret_cast<float*>(shared + c.partial);
-    const DecodeStaging<Tile, kScales> staging{
-        a,      p.tokens, first, units, x, meta, reinterpret_cast<float*>(shared + c.squares),
-        launch, c.stride, lane,  warp};
+    const DecodeStaging<Tile, kScales> staging{a,
+                                               p.tokens,
+                                               first,
+                                               units,
+                                               x,
+                                               meta,
+                                               reinterpret_cast<float*>(shared + c.squares),
+                                               number + uint32_t(a.x_from),
+                                               c.stride,
+                                               lane,
+                                               warp};
     if (rows == 0) return;
     if (phase == 0) staging.prefetch_gain();
     warps_sync<1, kDecodeWarps * 32>();  // all have done with the last x
@@ -87,10 +100,10 @@ struct DecodeMultiplier {
   }
 };
 
-// kTokens: up to 4, 8 or 16. Chains leave registers for the attention that runs between them.
-template <class Tile, int kTokens>
+// kTokens: up to 4, 8 or 16.
+template <class Tile, int kTokens, int kProducts>
 __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
-    linear_decode_kernel(const __grid_constant__ LinearDecodeParams p) {
+    linear_decode_kernel(const __grid_constant__ LinearDecodeParams<kProducts> p) {
   extern __shared__ __align__(128) uint8_t shared[];
   const LinearDecodeConfig& c = p.config;
   const int lane = int(threadIdx.x) % 32, warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
@@ -107,48 +120,98 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
     DecodeStaging<Tile, 1>{p.product[0], 0, 0, 0, nullptr, nullptr, nullptr, 0, 0, lane, warp}
         .prefetch_gain();
   pdl_wait();
-  constexpr int kReaders = (kDecodeWarps + kDecodeReducers) * 32;  // of the number of launches
-  const uint32_t launch = p.launches ? __ldcg(p.launches + blockIdx.x) + 1 : 0;
+  constexpr int kReaders = (kDecodeWarps + kDecodeReducers) * 32;  // of the number of products
+  const uint32_t first = p.done ? __ldcg(p.done + blockIdx.x) + 1 : 0;
   if (warp >= kDecodeWarps) {
     warps_arrive<2, kReaders>();
     const int j = warp - kDecodeWarps;
     const auto at = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
     linear_decode_reduce<kTokens>(
-        p, ring, {at(c.partial), at(c.sums), at(c.norm) + j * p.tokens, at(c.squares)}, launch, j, lane);
+        p, ring, {at(c.partial), at(c.sums), at(c.norm) + j * p.tokens, at(c.squares)}, first, j, lane);
     return;
+  }
+  constexpr bool kAttends = kProducts > 1;  // chains
+  DecodePlace* const place = reinterpret_cast<DecodePlace*>(shared + c.place);
+  const bool attends = kAttends && int(blockIdx.x) < p.heads * p.tokens;
+  if constexpr (kAttends) {
+    if (attends && threadIdx.x == 0) *place = DecodePlace(p.heads, p.kv_heads, p.position, p.sequence);
+    warps_sync<1, kDecodeWarps * 32>();
   }
   uint32_t parities = 0;
 #pragma unroll 1
-  for (int i = 0; i < p.count; ++i)
+  for (int i = 0; i < p.count; ++i) {
+    if constexpr (kAttends) {
+      if (attends && i + 1 < p.count && p.product[i + 1].attends)
+        linear_decode_attend_prefetch(p.product[i], *place, warp, lane);
+      if (attends && p.product[i].attends)
+        linear_decode_attend(p.product[i - 1], *place, const_cast<uint64_t*>(p.product[i].x_packets),
+                             first + uint32_t(i), reinterpret_cast<float*>(shared + c.x), warp, lane);
+    }
 #pragma unroll 1
-    for (int phase = 0; phase < c.part[i].phases; ++phase) {
+    for (int phase = 0; phase < p.product[i].part.phases; ++phase) {
+      const auto run = [&](auto scales) {
+        DecodeMultiplier<Tile, decltype(scales)::value, kTokens, LinearDecodeParams<kProducts>>{
+            p, shared, first, warp, lane}
+            .run(ring, parities, i, phase);
+      };
       if constexpr (Tile::kBits == 16) {
-        DecodeMultiplier<Tile, 0, kTokens>{p, shared, launch, warp, lane}.run(ring, parities, i, phase);
+        run(std::integral_constant<int, 0>());
       } else {
         const int groups = p.product[i].unit_groups;
         if (groups == 1)
-          DecodeMultiplier<Tile, 1, kTokens>{p, shared, launch, warp, lane}.run(ring, parities, i, phase);
+          run(std::integral_constant<int, 1>());
         else if (groups == 2)
-          DecodeMultiplier<Tile, 2, kTokens>{p, shared, launch, warp, lane}.run(ring, parities, i, phase);
+          run(std::integral_constant<int, 2>());
         else
-          DecodeMultiplier<Tile, 4, kTokens>{p, shared, launch, warp, lane}.run(ring, parities, i, phase);
+          run(std::integral_constant<int, 4>());
       }
     }
+  }
   warps_sync<2, kReaders>();
-  if (p.launches && threadIdx.x == 0) p.launches[blockIdx.x] = launch;
+  if (p.done && threadIdx.x == 0) p.done[blockIdx.x] = first + uint32_t(p.count) - 1;
 }
 
+// What all products of a launch share.
+struct LinearDecodeLaunch {
+  LinearDecodeConfig config;
+  int tokens, ahead, ahead_next;
+  uint32_t* done;
+  const int32_t *position, *sequence;  // (tokens) of a chain that attends
+  int heads, kv_heads;                 // its; else 0
+};
+
+template <int kProducts, class Kernel>
+void launch_linear_decode(Kernel kernel, const LinearDecodeLaunch& l,
+                          const std::vector<LinearDecodeProduct>& products, cudaStream_t stream, bool pdl) {
+  LinearDecodeParams<kProducts> p{};
+  static_assert(sizeof p <= 32764, "what a kernel takes");
+  std::copy(products.begin(), products.end(), p.product);
+  p.count = int(products.size()), p.tokens = l.tokens, p.ahead = l.ahead, p.ahead_next = l.ahead_next;
+  p.done = l.done, p.config = l.config;
+  p.position = l.position, p.sequence = l.sequence, p.heads = l.heads, p.kv_heads = l.kv_heads;
+  launch("linear_decode", kernel, dim3(unsigned(l.config.blocks)), (kDecodeWarps + kDecodeReducers + 1) * 32,
+         size_t(l.config.shared), 1, pdl, stream, p);
+}
+// Parameters of a long chain take longer to reach the device.
 template <class Tile>
-void launch_linear_decode(LinearDecodeParams& p, cudaStream_t stream, bool pdl) {
-  const int tokens = p.config.tokens;
-  const auto kernel = tokens <= 4   ? linear_decode_kernel<Tile, 4>
-                      : tokens <= 8 ? linear_decode_kernel<Tile, 8>
-                                    : linear_decode_kernel<Tile, 16>;
-  launch("linear_decode", kernel, dim3(unsigned(p.config.blocks)), (kDecodeWarps + kDecodeReducers + 1) * 32,
-         size_t(p.config.shared), 1, pdl, stream, p);
+void launch_linear_decode(const LinearDecodeLaunch& l, const std::vector<LinearDecodeProduct>& products,
+                          cudaStream_t stream, bool pdl) {
+  constexpr int kShort = 4;
+  static_assert(kLinearDecodeChainTokens <= 4, "the tokens of the kernels of chains");
+  const int tokens = l.config.tokens;
+  if (products.size() > kShort)
+    launch_linear_decode<kLinearDecodeChain>(linear_decode_kernel<Tile, 4, kLinearDecodeChain>, l, products,
+                                             stream, pdl);
+  else if (tokens <= 4)
+    launch_linear_decode<kShort>(linear_decode_kernel<Tile, 4, kShort>, l, products, stream, pdl);
+  else
+    launch_linear_decode<1>(
+        tokens <= 8 ? linear_decode_kernel<Tile, 8, 1> : linear_decode_kernel<Tile, 16, 1>, l, products,
+        stream, pdl);
 }
 
 // int4: linear_q4_decode.cu. int8 and fp16: linear_q8_decode.cu.
-void launch_linear_decode_wide(LinearDecodeParams&, int bits, cudaStream_t, bool pdl);
+void launch_linear_decode_wide(int bits, const LinearDecodeLaunch&, const std::vector<LinearDecodeProduct>&,
+                               cudaStream_t, bool pdl);
 
 }  // namespace q4s

@@ -1,5 +1,5 @@
-// Products y = f(x * W^T) for a few tokens, up to four that follow each other in one kernel: the products of
-// a decoding step at the speed of the memory.
+// Products y = f(x * W^T) for a few tokens, those that follow each other in one kernel, with attention over a
+// short context between them: a decoding step at the speed of the memory.
 //
 // Prologue: with `gain`, x is normalised first (rms_norm.h). Epilogue: a residual is added; or silu(gate) *
 // up is made of a stacked gate|up product (weight packed with RowMap::kPairHalves); or a stacked qkv product
@@ -36,6 +36,9 @@ struct LinearDecodeArgs {
   const float* residual = nullptr;  // (T, N) or null; may be y; kNone only
   float* y;                         // (T, N); kSwiglu (T, N/2); kRopeKv q (T, H * head_dim)
   int64_t tokens;
+  bool attends = false;  // in a chain: x, which nobody else sees then, is attention over what the product
+                         // before it made (kRopeKv) and over older rows of its cache, each token of another
+                         // sequence
   // kRopeKv, as in RopeKvArgs; head_dim is the layout's.
   const float* table = nullptr;  // (ctx, head_dim/2, 2) cos, sin
   Placement at{};                // (T) each
@@ -43,21 +46,26 @@ struct LinearDecodeArgs {
   int64_t heads = 0, kv_heads = 0;
 };
 
-// Most tokens for which this kernel beats a GEMM; the most products of a chain, and the most tokens for which
-// one chain beats a kernel for each product.
+// Most tokens of a launch. Most for which launches beat a GEMM: on sm_90 the int4 GEMM is quicker from nine
+// on.
 constexpr int64_t kLinearDecodeTokens = 16;
-constexpr size_t kLinearDecodeChain = 4;
-constexpr int64_t kLinearDecodeChainTokens = 1;
+int64_t linear_decode_most_tokens(int bits);
+// The most products of a chain, and the most tokens for which one chain beats a kernel for each product.
+constexpr size_t kLinearDecodeChain = 128;
+constexpr int64_t kLinearDecodeChainTokens = 2;
 constexpr int64_t kLinearDecodeChainColumns = 32768;  // most of y where a product follows
 constexpr size_t kLinearDecodeExchange =
-    4096 + (kLinearDecodeChain - 1) * kLinearDecodeChainTokens * kLinearDecodeChainColumns * sizeof(uint64_t);
+    4096 + 5 * kLinearDecodeChainTokens * kLinearDecodeChainColumns * sizeof(uint64_t);
+// Positions up to which attention in a chain, a block for each token and head, beats a kernel of its own.
+constexpr int64_t kLinearDecodeReach = 256;
 // Groups of 32, of 64 times a power of two, or whole rows; a slice of x must fit a block.
 bool linear_decode_supported(const Q4Layout&);
 
-// Whether a product may follow another in a chain.
+// Whether a product may follow another in a chain: for attention, caches in fp16 and heads of up to 128.
 bool linear_decode_follows(const LinearDecodeArgs& next, const LinearDecodeArgs& last);
 
-// Runs a chain of `count` products in their order. x and residual of a product may be y of one before it.
+// Runs a chain of `count` products in their order. x and residual of a product may be y of the one before it,
+// or of that before.
 // exchange: kLinearDecodeExchange bytes of device memory, zero before its first use, for all chains of one
 // stream: what the blocks hand each other between products; unused for a single product. A chain needs all
 // multiprocessors at once.

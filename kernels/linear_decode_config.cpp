@@ -10,15 +10,17 @@ namespace {
 constexpr int kFewStages = 4;  // of a ring that hides the memory's latency
 
 // Lays out shared memory with at most `limit` units of a row at a time.
-LinearDecodeConfig place(const LinearDecodeShape* shapes, size_t count, int tokens, int multiprocessors,
-                         int shared_bytes, int limit) {
-  LinearDecodeConfig c;
+LinearDecodeCut place(const LinearDecodeShape* shapes, size_t count, int tokens, int multiprocessors,
+                      int shared_bytes, int limit) {
+  LinearDecodeCut cut;
+  LinearDecodeConfig& c = cut.config;
   c.tokens = tokens;
   c.blocks = multiprocessors;
+  int64_t attention = 0;
   int x_units = 0, meta = 0, squares = 0, sums = 0, groups = 0, bits = 4;
   for (size_t i = 0; i < count; ++i) {
     const Q4Layout& l = shapes[i].layout;
-    LinearDecodePart& part = c.part[i];
+    LinearDecodePart& part = cut.part.emplace_back();
     part.rows = int(l.n_tiles() / c.blocks);
     part.more_rows = int(l.n_tiles() % c.blocks);
     part.units = int(ceil_div(l.k_tiles(), kUnitTiles));
@@ -29,6 +31,8 @@ LinearDecodeConfig place(const LinearDecodeShape* shapes, size_t count, int toke
     meta = std::max(meta, part.phase_units * linear_decode_meta(unit_groups));
     if (shapes[i].norm) squares = std::max(squares, part.units);
     if (part.phases > 1) sums = std::max(sums, part.rows + (part.more_rows > 0));
+    if (shapes[i].attention)
+      attention = std::max(attention, kDecodeWarps * (shapes[i].attention + 2) * int64_t(sizeof(float)));
     groups = std::max(groups, unit_groups);
     bits = l.bits;
   }
@@ -38,36 +42,39 @@ LinearDecodeConfig place(const LinearDecodeShape* shapes, size_t count, int toke
   const auto layout = [&](int stages) {
     c.stages = stages;
     c.x = stages * c.stage_bytes;
-    c.meta = c.x + tokens * c.stride;
+    c.meta = int(round_up(c.x + std::max<int64_t>(tokens * c.stride, attention), 16));
     c.squares = c.meta + meta * tokens * 4;
     c.partial = int(round_up(c.squares + squares * tokens * 4, 16));
     c.sums = c.partial + kDecodeMeetings * kDecodeWarps * tokens * kQ4TileRows * 4;
     c.norm = c.sums + sums * tokens * kQ4TileRows * 4;
-    c.barriers = int(round_up(c.norm + kDecodeReducers * tokens * 4, 8));
+    c.place = c.norm + kDecodeReducers * tokens * 4;
+    c.barriers = int(round_up(c.place + 5 * 4, 8));
     c.shared = c.barriers + 2 * (kDecodeStages + kDecodeMeetings) * 8;
   };
   layout(0);
   layout(std::clamp((shared_bytes - c.shared) / c.stage_bytes, 2, kDecodeStages));
-  return c;
+  return cut;
 }
 
 }  // namespace
 
-LinearDecodeConfig linear_decode_config(const LinearDecodeShape* shapes, size_t count, int tokens,
-                                        int multiprocessors, int shared_bytes) {
+LinearDecodeCut linear_decode_cut(const LinearDecodeShape* shapes, size_t count, int tokens,
+                                  int multiprocessors, int shared_bytes) {
   int units = 1;
+  if (shapes[0].layout.bits > 4) tokens = std::min(tokens, 8);
   for (size_t i = 0; i < count; ++i)
     units = std::max(units, int(ceil_div(shapes[i].layout.k_tiles(), kUnitTiles)));
   for (;; tokens = (tokens + 1) / 2) {
-    LinearDecodeConfig best;
+    LinearDecodeCut best;
     for (int parts = 1; parts <= std::min(16, units); ++parts) {
-      const LinearDecodeConfig c =
+      LinearDecodeCut cut =
           place(shapes, count, tokens, multiprocessors, shared_bytes, int(ceil_div(units, parts)));
-      if (best.blocks == 0 || (best.shared > shared_bytes && c.shared <= shared_bytes) ||
-          (best.stages < kFewStages && c.stages > best.stages && c.shared <= shared_bytes))
-        best = c;
+      const LinearDecodeConfig &b = best.config, &c = cut.config;
+      if (b.blocks == 0 || (b.shared > shared_bytes && c.shared <= shared_bytes) ||
+          (b.stages < kFewStages && c.stages > b.stages && c.shared <= shared_bytes))
+        best = std::move(cut);
     }
-    if (best.shared <= shared_bytes || tokens == 1) return best;
+    if (best.config.shared <= shared_bytes || tokens == 1) return best;
   }
 }
 

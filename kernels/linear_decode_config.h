@@ -1,10 +1,12 @@
 // How linear_decode cuts its work: a pure function of the shapes, so that it is testable without a device.
 //
-// A block owns a run of tile rows of each product. Rows are cut in units of 128 columns, and the units of a
-// block's rows, one row after another, are the stream that it reads: kDecodeWarps of them a stage, one for
-// each warp. Where x of all columns does not fit shared memory, columns are taken in phases, over all of the
-// block's rows each.
+// A block owns every so many-th tile row of each product. Rows are cut in units of 128 columns, and the units
+// of a block's rows, one row after another, are the stream that it reads: kDecodeWarps of them a stage, one
+// for each warp. Where x of all columns does not fit shared memory, columns are taken in phases, over all of
+// the block's rows each.
 #pragma once
+#include <vector>
+
 #include "kernels/q4_tiles.h"
 
 namespace q4s {
@@ -13,7 +15,6 @@ constexpr int kDecodeWarps = 16;    // that multiply
 constexpr int kDecodeReducers = 2;  // warps that add up rows, in turn
 constexpr int kDecodeMeetings = 2;  // rows whose sums meet at a time
 constexpr int kDecodeStages = 16;   // most stages of the ring
-constexpr int kDecodeProducts = 4;  // most of a chain
 constexpr int kUnitTiles = 2, kUnitColumns = kUnitTiles * kQ4TileCols;
 
 struct LinearDecodePart {
@@ -28,14 +29,14 @@ struct LinearDecodePart {
 struct LinearDecodeConfig {
   int tokens = 0;  // of one launch
   int blocks = 0;
-  LinearDecodePart part[kDecodeProducts];
   int stages = 0, stage_bytes = 0, stage_scales = 0;  // of the ring; where in a stage its scales are
   int stride = 0;                                     // bytes of a token's x in shared memory
   // Bytes: where a block's shared memory has what, and its size. At 0 the ring, each stage kDecodeWarps units
-  // of codes, then of scales; x: (T) of `stride`; meta: (phase_units, T, linear_decode_meta()) words;
-  // squares: (units, T) f32; partial sums: (kDecodeMeetings, kDecodeWarps, T, 16) f32; sums of earlier
-  // phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32; barriers of 8 bytes: 2 a stage, 2 a meeting.
-  int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, barriers = 0, shared = 0;
+  // of codes, then of scales; x: (T) of `stride`, or attention: (kDecodeWarps, head_dim + 2) f32; meta:
+  // (phase_units, T, linear_decode_meta()) words; squares: (units, T) f32; partial sums: (kDecodeMeetings,
+  // kDecodeWarps, T, 16) f32; sums of earlier phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32;
+  // place: whose attention the block makes, 5 words; barriers of 8 bytes: 2 a stage, 2 a meeting.
+  int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, place = 0, barriers = 0, shared = 0;
 };
 
 // Groups of scales in a unit.
@@ -48,11 +49,16 @@ constexpr int linear_decode_meta(int unit_groups) { return unit_groups <= 1 ? 2 
 struct LinearDecodeShape {
   Q4Layout layout;
   bool norm = false;
+  int64_t attention = 0;  // head_dim of the attention that makes x
+};
+struct LinearDecodeCut {
+  LinearDecodeConfig config;
+  std::vector<LinearDecodePart> part;  // of each product
 };
 
-// As many of `tokens` at once as fit `shared_bytes` a block; `shared` is more than that where not even one
-// does.
-LinearDecodeConfig linear_decode_config(const LinearDecodeShape*, size_t count, int tokens,
-                                        int multiprocessors, int shared_bytes);
+// As many of `tokens` at once as fit `shared_bytes` a block, of a wide format at most eight, since more leave
+// too little of it to the ring; `shared` is more than that where not even one does.
+LinearDecodeCut linear_decode_cut(const LinearDecodeShape*, size_t count, int tokens, int multiprocessors,
+                                  int shared_bytes);
 
 }  // namespace q4s

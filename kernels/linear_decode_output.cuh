@@ -12,12 +12,13 @@ struct DecodeOutput {
   float low = 0, high = 0;
   int64_t cache = 0;
 
-  __device__ void load(const LinearDecodeProduct& a, int tile_row, int r, int token, uint32_t launch) {
+  __device__ void load(const LinearDecodeProduct& a, int tile_row, int r, int token, uint32_t first) {
     const int row = tile_row * kQ4TileRows + r;
     if (a.epilogue == Epilogue::kNone && a.residual_packets) {
       const uint64_t* from = a.residual_packets + int64_t(token) * a.n;
-      if (row < a.n) low = wait_packet(from + row, launch);
-      if (row + 8 < a.n) high = wait_packet(from + row + 8, launch);
+      const uint32_t number = first + uint32_t(a.residual_from);
+      if (row < a.n) low = wait_packet(from + row, number);
+      if (row + 8 < a.n) high = wait_packet(from + row + 8, number);
     } else if (a.epilogue == Epilogue::kNone && a.residual) {
       const float* from = a.residual + int64_t(token) * a.n;
       if (row < a.n) low = __ldcg(from + row);
@@ -34,11 +35,11 @@ struct DecodeOutput {
   }
 
   __device__ void finish(const LinearDecodeProduct& a, int tile_row, int r, int token, float u, float v,
-                         uint32_t launch) const {
+                         uint32_t number) const {
     const int row = tile_row * kQ4TileRows + r;
     const auto put = [&](int64_t at, float value) {
       a.y[at] = value;
-      if (a.y_packets) store_packet(a.y_packets + at, value, launch);
+      if (a.y_packets) store_packet(a.y_packets + at, value, number);
     };
     if (a.epilogue == Epilogue::kNone) {
       const int64_t at = int64_t(token) * a.n + row;
@@ -49,13 +50,13 @@ struct DecodeOutput {
       const float product = __fdividef(u, 1 + __expf(-u)) * v;
       if (i < hidden) put(int64_t(token) * hidden + i, product);
     } else {
-      rotate_and_store(a, row, r, token, u, v);
+      rotate_and_store(a, row, r, token, u, v, number);
     }
   }
 
  private:
-  __device__ void rotate_and_store(const LinearDecodeProduct& a, int row, int r, int token, float u,
-                                   float v) const {
+  __device__ void rotate_and_store(const LinearDecodeProduct& a, int row, int r, int token, float u, float v,
+                                   uint32_t number) const {
     const int q_rows = a.heads * a.head_dim, k_rows = a.kv_heads * a.head_dim;
     int first = row, step = 8;  // rows of the file: first, first + step
     float x = u, y = v;
@@ -65,7 +66,14 @@ struct DecodeOutput {
       x = u * low - v * high;
       y = u * high + v * low;
     }
+    const auto put = [&](float at_first, float at_second) {
+      if (!a.y_packets) return;
+      uint64_t* const to = a.y_packets + token * a.n + first;  // q, k and v of a token
+      store_packet(to, at_first, number);
+      store_packet(to + step, at_second, number);
+    };
     if (row < q_rows) {
+      put(x, y);
       a.y[int64_t(token) * q_rows + first] = x;
       a.y[int64_t(token) * q_rows + first + step] = y;
       return;
@@ -74,8 +82,10 @@ struct DecodeOutput {
     void* to = is_k ? a.kv.k : a.kv.v;
     const int64_t at = cache * k_rows + first - q_rows - (is_k ? 0 : k_rows);
     if (a.kv.type == KvType::kF16) {
-      static_cast<__half*>(to)[at] = __float2half_rn(x);
-      static_cast<__half*>(to)[at + step] = __float2half_rn(y);
+      const __half stored = __float2half_rn(x), second = __float2half_rn(y);
+      put(__half2float(stored), __half2float(second));
+      static_cast<__half*>(to)[at] = stored;
+      static_cast<__half*>(to)[at + step] = second;
     } else {
       static_cast<float*>(to)[at] = x;
       static_cast<float*>(to)[at + step] = y;
@@ -92,9 +102,9 @@ struct DecodeSumPlaces {
 
 // Warp `j` of the reducers: rows j, j + kDecodeReducers ... of a block's tile rows. A lane adds the sums of
 // one token, four lanes those of the only one; in the same order.
-template <int kTokens>
-__device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDecodeRing& ring,
-                                     const DecodeSumPlaces& at, uint32_t launch, int j, int lane) {
+template <int kTokens, class Params>
+__device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ring, const DecodeSumPlaces& at,
+                                     uint32_t first, int j, int lane) {
   const int r = lane / 4, part = lane % 4, tokens = p.tokens;
   const bool single = tokens == 1;
   const int mine = single ? 0 : part;  // first token of this lane
@@ -103,8 +113,8 @@ __device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDe
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
     const LinearDecodeProduct& a = p.product[i];
-    const LinearDecodePart& cut = p.config.part[i];
-    const LinearDecodeRows rows(p.config, i);
+    const LinearDecodePart& cut = a.part;
+    const LinearDecodeRows rows(cut, i);
 #pragma unroll 1
     for (int phase = 0; phase < cut.phases; ++phase) {
       const bool last = phase == cut.phases - 1;
@@ -118,7 +128,7 @@ __device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDe
 #pragma unroll
           for (int t = 0; t < kTokens / 4; ++t)
             if (mine + 4 * t < tokens && !(single && part))
-              output[t].load(a, rows.row0 + row, r, mine + 4 * t, launch);
+              output[t].load(a, rows.tile_row(row), r, mine + 4 * t, first);
         __syncwarp();
         barrier_wait(ring.sums_full(j), parity);
         parity ^= 1;
@@ -166,7 +176,7 @@ __device__ void linear_decode_reduce(const LinearDecodeParams& p, const LinearDe
             continue;
           }
           const float scale = a.gain ? at.norm[token] : 1.0f;
-          output[t].finish(a, rows.row0 + row, r, token, low * scale, high * scale, launch);
+          output[t].finish(a, rows.tile_row(row), r, token, low * scale, high * scale, first + uint32_t(i));
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(ring.sums_empty(j));

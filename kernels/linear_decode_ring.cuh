@@ -7,8 +7,8 @@
 
 namespace q4s {
 
-// Between products of a chain values travel as packets: the bits of a float below the number of the launch
-// that wrote it, stored at once. A reader needs no barrier and no fence: it loads until the number is right.
+// Between products of a chain values travel as packets: the bits of a float below the number of the product
+// that made it, stored at once. A reader needs no barrier and no fence: it loads until the number is right.
 __device__ inline uint64_t load_packet(const uint64_t* p) {
   uint64_t v;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
@@ -19,23 +19,24 @@ __device__ inline ulonglong2 load_packets(const uint64_t* p) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
   return v;
 }
-__device__ inline void store_packet(uint64_t* p, float value, uint32_t launch) {
-  const uint64_t v = uint64_t(launch) << 32 | __float_as_uint(value);
+__device__ inline void store_packet(uint64_t* p, float value, uint32_t number) {
+  const uint64_t v = uint64_t(number) << 32 | __float_as_uint(value);
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
-__device__ inline float wait_packet(const uint64_t* p, uint32_t launch) {
+__device__ inline float wait_packet(const uint64_t* p, uint32_t number) {
   uint64_t v;
   do v = load_packet(p);
-  while (uint32_t(v >> 32) != launch);
+  while (uint32_t(v >> 32) != number);
   return __uint_as_float(uint32_t(v));
 }
 
-// One product of a chain.
+// One product of a chain. The packets of product i bear `first` + i, where `first` is one more than the
+// number of products that chains had before.
 struct LinearDecodeProduct {
   const uint8_t* codes;
   const uint16_t* scales;
   const float* x;                    // (T, K), or null where x is
-  const uint64_t* x_packets;         // (T, K)
+  const uint64_t* x_packets;         // (T, K); of product x_from, or of the attention before this one
   const float* gain;                 // (K) or null
   const float* residual;             // (T, N) or null
   const uint64_t* residual_packets;  // likewise
@@ -50,28 +51,31 @@ struct LinearDecodeProduct {
   int unit_groups, group_shift;  // group of unit u where a unit has one: u >> group_shift
   int factor, offset;            // a value is scale * (factor * code - offset) / factor
   int heads, kv_heads, head_dim;
+  int x_from, residual_from;
   Epilogue epilogue;
+  bool attends;  // x is attention over what the product before it made
+  LinearDecodePart part;
 };
 
+template <int kProducts>
 struct LinearDecodeParams {
-  LinearDecodeProduct product[kDecodeProducts];
+  LinearDecodeProduct product[kProducts];
   int count, tokens;
   int ahead, ahead_next;  // stages on their way at a time; the first of a product, whose x is on its way too
-  uint32_t*
-      launches;  // (blocks) of chains so far: packets of this one bear the next number; null: no packets
+  uint32_t* done;         // (blocks) products of chains so far; null: no packets
+  const int32_t *position, *sequence;  // (tokens) of a chain that attends
+  int heads, kv_heads;                 // its; else 0
   LinearDecodeConfig config;
 };
 
-// A block's tile rows [row0, row0 + rows) of a product. Odd products deal them to the blocks in reverse, so
-// that the longer runs even out.
+// A block's tile rows of a product: every gridDim.x-th, so that the first columns of the next x are there
+// long before the last. Odd products deal them in reverse, so that the longer runs even out.
 struct LinearDecodeRows {
-  int row0, rows;
-  __device__ LinearDecodeRows(const LinearDecodeConfig& c, int product) {
-    const LinearDecodePart& part = c.part[product];
-    const int b = product % 2 ? c.blocks - 1 - int(blockIdx.x) : int(blockIdx.x);
-    row0 = b * part.rows + min(b, part.more_rows);
-    rows = part.rows + (b < part.more_rows);
-  }
+  int block, rows;
+  __device__ LinearDecodeRows(const LinearDecodePart& part, int product)
+      : block(int(product % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x)),
+        rows(part.rows + (block < part.more_rows)) {}
+  __device__ int tile_row(int row) const { return row * int(gridDim.x) + block; }
 };
 
 // The barriers of a block, and where a role is in the ring. A stage is full when its bytes have arrived and
@@ -119,16 +123,16 @@ class LinearDecodeRing {
 
 // The warp that asks for the weights of all products, far ahead of their use but never for more than a few
 // stages at once: what other warps load would wait behind them.
-template <class Tile>
-__device__ void linear_decode_produce(const LinearDecodeParams& p, LinearDecodeRing ring, int lane) {
+template <class Tile, class Params>
+__device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, int lane) {
   constexpr int kTileBytes = kQ4TileBytes * Tile::kBits / 4, kUnitBytes = kTileBytes * kUnitTiles;
   LinearDecodeRing arriving = ring;
   int asked = 0;
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
     const LinearDecodeProduct& a = p.product[i];
-    const LinearDecodePart& part = p.config.part[i];
-    const LinearDecodeRows rows(p.config, i);
+    const LinearDecodePart& part = a.part;
+    const LinearDecodeRows rows(part, i);
     const bool scaled = a.unit_groups > 0, shared_scales = a.group_shift > 0;
     const int scale_bytes = max(1, a.unit_groups) * (kQ4TileRows * 2);  // of a unit
 #pragma unroll 1
@@ -149,7 +153,7 @@ __device__ void linear_decode_produce(const LinearDecodeParams& p, LinearDecodeR
         const int tiles = min(run * kUnitTiles, a.k_tiles - unit * kUnitTiles);
         const int group = shared_scales ? unit >> a.group_shift : unit * a.unit_groups;
         const int groups = shared_scales ? 1 : min(run * a.unit_groups, a.groups - group);
-        const int64_t tile_row = rows.row0 + row;
+        const int64_t tile_row = rows.tile_row(row);
         const DecodeCopy copies[2] = {
             {ring.stage() + lane * kUnitBytes,
              a.codes + (tile_row * a.k_tiles + unit * kUnitTiles) * kTileBytes,

@@ -17,7 +17,7 @@ struct DecodeStaging {
   uint8_t* to;               // (T) of `stride` bytes, an odd multiple of 64, so that no bank is hit twice
   uint32_t* meta;            // (units, T, kMeta)
   float* squares;            // (all units, T), with a gain: sums of squares of x
-  uint32_t launch;           // number of this one, of packets
+  uint32_t number;           // of the packets of x
   int stride, lane, warp;
 
   // Four columns of a unit, zero from K on.
@@ -37,7 +37,7 @@ struct DecodeStaging {
   __device__ static float4 values(const float4& v) { return v; }
   __device__ static float4 nothing(const float*) { return make_float4(0, 0, 0, 0); }
   template <int kItems>
-  __device__ static void await(float4 (&)[kItems], const float*) {}
+  __device__ void await(float4 (&)[kItems], const float*, int) const {}
 
   // The same of packets, which may not be there yet. Here K is a multiple of 4.
   struct Packets {
@@ -52,28 +52,27 @@ struct DecodeStaging {
                        __uint_as_float(uint32_t(v.high.x)), __uint_as_float(uint32_t(v.high.y)));
   }
   __device__ Packets nothing(const uint64_t*) const {
-    const uint64_t none = uint64_t(launch) << 32;
+    const uint64_t none = uint64_t(number) << 32;
     return {{none, none}, {none, none}};
   }
   __device__ bool there(const Packets& v) const {
-    return uint32_t(v.low.x >> 32) == launch && uint32_t(v.low.y >> 32) == launch &&
-           uint32_t(v.high.x >> 32) == launch && uint32_t(v.high.y >> 32) == launch;
+    return uint32_t(v.low.x >> 32) == number && uint32_t(v.low.y >> 32) == number &&
+           uint32_t(v.high.x >> 32) == number && uint32_t(v.high.y >> 32) == number;
   }
-  // Units that follow each other for this warp, from `at` for this lane, all of one token. Each lane asks
-  // again for what it lacks, all of it at once.
+  // Waits for the first of some units that follow each other for this warp, from `unit` of a token's row.
+  // Each lane asks again for what it lacks, all of it at once.
   template <int kItems>
-  __device__ void await(Packets (&v)[kItems], const uint64_t* at) const {
-    static_assert(kLinearDecodeChainTokens == 1, "units of one token lie equally far apart");
-    constexpr int kApart = kDecodeWarps * kUnitColumns;
+  __device__ void await(Packets (&v)[kItems], const uint64_t* row, int unit) const {
 #pragma unroll 1
     for (;;) {
-      bool all = true;
+      if (__all_sync(0xffffffffu, there(v[0]))) break;
+      const uint64_t* ask_row = row;
+      int ask = unit;
 #pragma unroll
-      for (int j = 0; j < kItems; ++j) all = all && there(v[j]);
-      if (__all_sync(0xffffffffu, all)) break;
-#pragma unroll
-      for (int j = 0; j < kItems; ++j)
-        if (!there(v[j])) v[j] = {load_packets(at + j * kApart), load_packets(at + j * kApart + 2)};
+      for (int j = 0; j < kItems; ++j) {
+        if (!there(v[j])) v[j] = load(ask_row, ask);
+        next(ask_row, ask);
+      }
     }
   }
 
@@ -136,6 +135,13 @@ struct DecodeStaging {
     }
   }
 
+  // From one of this warp's units to the next, or to the next token's first.
+  template <typename Value>
+  __device__ void next(const Value*& row, int& unit) const {
+    unit += kDecodeWarps;
+    if (unit >= units) unit = warp, row += a.k;
+  }
+
   // This warp's units of all tokens.
   __device__ void run() const {
     if (a.x_packets)
@@ -143,47 +149,44 @@ struct DecodeStaging {
     else
       a.gain ? run<true>(a.x) : run<false>(a.x);
   }
-  // kItems units at a time, all on their way at once: those of packets are asked for again until they are
-  // there. Short code on purpose: it runs a few times for each product and would else wait for its
-  // instructions.
+  // kItems units on their way at a time. Short code on purpose: it runs a few times for each product and
+  // would else wait for its instructions.
   template <bool kGain, typename Value>
   __device__ void run(const Value* x) const {
     constexpr int kItems = kGain ? 2 : 3;
     const int items = warp < units ? (units - warp + kDecodeWarps - 1) / kDecodeWarps * tokens : 0;
-    int ask = warp, unit = warp, t = 0;
-    const Value* row = x;
-#pragma unroll 1
-    for (int begin = 0; begin < items; begin += kItems) {
-      decltype(load(x, 0)) coming[kItems];
-      float4 gains[kItems];
-      const Value* at = row + (first + ask) * kUnitColumns + 4 * lane;
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) {
-        if (begin + j < items) {
-          coming[j] = load(row, ask);
-          if (kGain) gains[j] = load(a.gain, ask);
-        } else {
-          coming[j] = nothing(x);
-        }
-        ask += kDecodeWarps;
-        if (ask >= units) ask = warp, row += a.k;
+    int ask = warp, asked = 0, unit = warp, t = 0;
+    const Value *ask_row = x, *row = x;
+    decltype(load(x, 0)) coming[kItems];
+    float4 gains[kItems];
+    const auto ask_next = [&](int j) {
+      if (asked++ < items) {
+        coming[j] = load(ask_row, ask);
+        if (kGain) gains[j] = load(a.gain, ask);
+        next(ask_row, ask);
+      } else {
+        coming[j] = nothing(x);
       }
-      await(coming, at);
-#pragma unroll 1
-      for (int left = min(kItems, items - begin); left > 0; --left) {
-        float4 v = values(coming[0]);
-        if (kGain) {
-          float square = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-          for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
-          if (lane == 0) squares[(first + unit) * tokens + t] = square;
-          v.x *= gains[0].x, v.y *= gains[0].y, v.z *= gains[0].z, v.w *= gains[0].w;
-        }
-        store(t, unit, v);
-        unit += kDecodeWarps;
-        if (unit >= units) unit = warp, ++t;
+    };
 #pragma unroll
-        for (int j = 0; j + 1 < kItems; ++j) coming[j] = coming[j + 1], gains[j] = gains[j + 1];
+    for (int j = 0; j < kItems; ++j) ask_next(j);
+#pragma unroll 1
+    for (int i = 0; i < items; ++i) {
+      await(coming, row, unit);
+      float4 v = values(coming[0]);
+      if (kGain) {
+        float square = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
+        if (lane == 0) squares[(first + unit) * tokens + t] = square;
+        v.x *= gains[0].x, v.y *= gains[0].y, v.z *= gains[0].z, v.w *= gains[0].w;
       }
+#pragma unroll
+      for (int j = 0; j + 1 < kItems; ++j) coming[j] = coming[j + 1], gains[j] = gains[j + 1];
+      ask_next(kItems - 1);
+      store(t, unit, v);
+      const Value* const of = row;
+      next(row, unit);
+      t += row != of;
     }
   }
   // Gains on their way to the L2 cache: a lane for each line.

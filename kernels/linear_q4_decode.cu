@@ -1,6 +1,7 @@
 // linear_decode.h: what it takes, how a chain is cut, and the int4 kernels.
 #include <algorithm>
 #include <cassert>
+#include <stdexcept>
 
 #include "kernels/linear_decode.cuh"
 
@@ -36,21 +37,57 @@ int64_t y_columns(const LinearDecodeProduct& p) {
                                            : p.n;
 }
 
-constexpr size_t kLaunchBytes = 4096;  // of the exchange: numbers of launches, before the packets
+constexpr size_t kCounterBytes = 4096;  // of the exchange: products done, before the packets
+
+// Who reads whose packets: x and residual of the products of a chain. What a product makes is read by the
+// next two, and no block writes to the place of those before it has all of theirs, so four places do, and one
+// for attention.
+void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& products, std::byte* exchange) {
+  uint64_t* packets = reinterpret_cast<uint64_t*>(exchange + kCounterBytes);
+  constexpr int64_t kPlace = kLinearDecodeChainTokens * kLinearDecodeChainColumns;
+  const auto place = [&](size_t i) { return packets + int64_t(i % 4) * kPlace; };
+  const auto maker = [&](const float* of, size_t before) {  // the last product that made it, or -1
+    int i = int(before) - 1;
+    while (i >= 0 && (chain[i].y != of || chain[i].epilogue == Epilogue::kRopeKv)) --i;
+    return i;
+  };
+  for (size_t i = 0; i < products.size(); ++i) {
+    LinearDecodeProduct& a = products[i];
+    if (i + 1 < products.size()) a.y_packets = place(i);
+    a.x_from = chain[i].attends ? int(i) : maker(chain[i].x, i);
+    a.residual_from = chain[i].residual ? maker(chain[i].residual, i) : -1;
+    if ((a.x_from >= 0 && int(i) - a.x_from > 2) || (a.residual_from >= 0 && int(i) - a.residual_from > 2))
+      throw std::logic_error("a chain of products: one reads what is longer ago than two");
+    a.attends = chain[i].attends;
+    if (a.attends)
+      a.x_packets = packets + 4 * kPlace;
+    else if (a.x_from >= 0)
+      a.x_packets = place(size_t(a.x_from));
+    if (a.x_packets) a.x = nullptr;
+    if (a.residual_from >= 0) a.residual = nullptr, a.residual_packets = place(size_t(a.residual_from));
+  }
+}
 
 }  // namespace
 
+int64_t linear_decode_most_tokens(int bits) {
+  return bits > 4 ? 32 : device_facts().hopper ? 8 : kLinearDecodeTokens;
+}
+
 bool linear_decode_follows(const LinearDecodeArgs& next, const LinearDecodeArgs& last) {
-  return next.tokens == last.tokens && next.tokens <= kLinearDecodeChainTokens &&
-         next.w.layout.bits == last.w.layout.bits && next.w.layout.k % 4 == 0 &&
-         last.epilogue != Epilogue::kRopeKv &&
-         last.w.layout.n <= (last.epilogue == Epilogue::kSwiglu ? 2 : 1) * kLinearDecodeChainColumns &&
-         size_t(device_facts().multiprocessors) * sizeof(uint32_t) <= kLaunchBytes;
+  const Q4Layout &l = next.w.layout, &from = last.w.layout;
+  if (next.tokens != last.tokens || next.tokens > kLinearDecodeChainTokens || l.bits != from.bits ||
+      l.k % 4 != 0 || from.n > (last.epilogue == Epilogue::kSwiglu ? 2 : 1) * kLinearDecodeChainColumns ||
+      size_t(device_facts().multiprocessors) * sizeof(uint32_t) > kCounterBytes)
+    return false;
+  if (!next.attends) return last.epilogue != Epilogue::kRopeKv;
+  return last.epilogue == Epilogue::kRopeKv && last.kv.type == KvType::kF16 && from.head_dim % 16 == 0 &&
+         from.head_dim <= 128 && last.heads * last.tokens <= device_facts().multiprocessors;
 }
 
 bool linear_decode_supported(const Q4Layout& l) {
   const LinearDecodeShape shape{l, l.k <= 8192};
-  if (linear_decode_config(&shape, 1, 1, device_facts().multiprocessors, shared_bytes()).shared >
+  if (linear_decode_cut(&shape, 1, 1, device_facts().multiprocessors, shared_bytes()).config.shared >
       shared_bytes())
     return false;
   if (l.bits == 16 || l.group >= l.k) return true;
@@ -65,40 +102,41 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
   // in the memory's queues behind them.
   constexpr int kAhead = 64 * 1024, kAheadNext = 32 * 1024;
   assert(count > 0 && count <= kLinearDecodeChain);
-  LinearDecodeParams p{};
-  LinearDecodeShape shapes[kLinearDecodeChain];
   const int tokens = int(chain[0].tokens), bits = chain[0].w.layout.bits;
+  std::vector<LinearDecodeProduct> products;
+  std::vector<LinearDecodeShape> shapes;
   for (size_t i = 0; i < count; ++i) {
     assert(i == 0 || linear_decode_follows(chain[i], chain[i - 1]));
-    p.product[i] = product_of(chain[i]);
-    shapes[i] = {chain[i].w.layout, chain[i].gain != nullptr};
+    products.push_back(product_of(chain[i]));
+    shapes.push_back(
+        {chain[i].w.layout, chain[i].gain != nullptr, chain[i].attends ? chain[i - 1].w.layout.head_dim : 0});
   }
-  p.count = int(count);
-  if (count > 1) {
-    p.launches = reinterpret_cast<uint32_t*>(exchange);
-    uint64_t* packets = reinterpret_cast<uint64_t*>(exchange + kLaunchBytes);
-    for (int i = 0; i + 1 < p.count; ++i) {
-      LinearDecodeProduct& from = p.product[i];
-      from.y_packets = packets;
-      packets += tokens * y_columns(from);
-      for (int j = i + 1; j < p.count; ++j) {
-        LinearDecodeProduct& to = p.product[j];
-        if (chain[j].x == from.y) to.x = nullptr, to.x_packets = from.y_packets;
-        if (chain[j].residual == from.y) to.residual = nullptr, to.residual_packets = from.y_packets;
-      }
-    }
+  connect(chain, products, exchange);
+  const LinearDecodeCut cut =
+      linear_decode_cut(shapes.data(), count, tokens, device_facts().multiprocessors, shared_bytes());
+  for (size_t i = 0; i < count; ++i) products[i].part = cut.part[i];
+  LinearDecodeLaunch l;
+  l.config = cut.config;
+  l.ahead = std::clamp(kAhead / l.config.stage_scales, 1, l.config.stages);
+  l.ahead_next = std::clamp(kAheadNext / l.config.stage_scales, 1, l.config.stages);
+  l.done = count > 1 ? reinterpret_cast<uint32_t*>(exchange) : nullptr;
+  l.position = l.sequence = nullptr, l.heads = l.kv_heads = 0;
+  for (size_t i = 1; i < count; ++i) {
+    if (!chain[i].attends) continue;
+    const LinearDecodeArgs& qkv = chain[i - 1];
+    if (l.heads && (l.heads != qkv.heads || l.kv_heads != qkv.kv_heads))
+      throw std::logic_error("a chain of products: layers with different heads");
+    l.position = qkv.at.position, l.sequence = qkv.at.sequence;
+    l.heads = int(qkv.heads), l.kv_heads = int(qkv.kv_heads);
   }
-  p.config = linear_decode_config(shapes, count, tokens, device_facts().multiprocessors, shared_bytes());
-  p.ahead = std::clamp(kAhead / p.config.stage_scales, 1, p.config.stages);
-  p.ahead_next = std::clamp(kAheadNext / p.config.stage_scales, 1, p.config.stages);
-  assert(count == 1 || p.config.tokens == tokens);
-  for (int t = 0; t < tokens; t += p.config.tokens) {
-    p.tokens = std::min(p.config.tokens, tokens - t);
-    bits == 4 ? launch_linear_decode<Int4Tile>(p, stream, pdl)
-              : launch_linear_decode_wide(p, bits, stream, pdl);
-    for (int i = 0; i < p.count; ++i) {
-      LinearDecodeProduct& a = p.product[i];
-      const int64_t done = p.tokens;
+  if (count > 1 && l.config.tokens < tokens)
+    throw std::logic_error("a chain of products: its rows do not fit");
+  for (int t = 0; t < tokens; t += l.config.tokens) {
+    l.tokens = std::min(l.config.tokens, tokens - t);
+    bits == 4 ? launch_linear_decode<Int4Tile>(l, products, stream, pdl)
+              : launch_linear_decode_wide(bits, l, products, stream, pdl);
+    for (LinearDecodeProduct& a : products) {
+      const int64_t done = l.tokens;
       a.x += done * a.k, a.y += done * y_columns(a);
       if (a.residual) a.residual += done * a.n;
       if (a.position) a.position += done, a.sequence += done;

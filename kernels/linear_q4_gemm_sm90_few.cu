@@ -60,8 +60,8 @@ struct Place {
   }
 };
 
-// A whole band, also where the cluster has less: one box each of weights and scales. The copy engine takes
-// some 80 cycles a box, however small.
+// A whole band, also where the cluster has less: one box each of weights and scales, since time goes with the
+// number of boxes.
 __device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4Maps& maps, const Work& work) {
   Place at;
   const uint32_t bytes = uint32_t(sh.l.w_bytes + sh.l.band * p.operands.box_groups * 32);

@@ -334,7 +334,7 @@ class CudaBackend final : public Backend {
   Stream stream_;
   CudaLoader loader_;
   DenseCuda dense_;
-  std::vector<LinearDecodeArgs> chain_;  // of the step being launched
+  DecodeChain chain_;  // of the step being launched
   std::map<StepKey, Captured> steps_;
   Pinned<int32_t> ring_;  // (kAhead, ring_rows_) tokens drawn
   int64_t ring_rows_ = 0;

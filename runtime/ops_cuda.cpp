@@ -33,8 +33,8 @@ bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
 }
 
 bool few(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
-  const int64_t most = w.tiles.layout.bits > 4 ? 4 * kLinearDecodeTokens : kLinearDecodeTokens;
-  return packed_for(w, epilogue) && rows <= most && linear_decode_supported(w.tiles.layout);
+  return packed_for(w, epilogue) && rows <= linear_decode_most_tokens(w.tiles.layout.bits) &&
+         linear_decode_supported(w.tiles.layout);
 }
 bool many(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
   return packed_for(w, epilogue) && w.view.format == Format::kQ4 && !few(w, epilogue, rows);
@@ -146,10 +146,15 @@ bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float
       a.heads = t.head.heads;
       a.kv_heads = t.head.kv_heads;
     }
-    std::vector<LinearDecodeArgs>& chain = s.chain;
-    if (!chain.empty() && (chain.size() == kLinearDecodeChain || !linear_decode_follows(a, chain.back())))
+    DecodeChain& chain = s.chain;
+    a.attends = chain.attention && chain.attention == t.src[0];
+    if ((chain.attention && !a.attends) || chain.products.size() == kLinearDecodeChain ||
+        (!chain.products.empty() && !linear_decode_follows(a, chain.products.back()))) {
       run_chain_cuda(s);
-    chain.push_back(a);
+      a.attends = false;
+    }
+    chain.attention = nullptr;
+    chain.products.push_back(a);
   }
   return true;
 }
@@ -233,6 +238,16 @@ void run_linear(Tensor& t, const CudaStep& s) {
 
 void run_rope_kv(Tensor& t, const CudaStep& s) { rope_kv(t, t.src[0]->f32(), *t.weight, t.f32(), s); }
 
+int64_t reach(const CudaStep& s) { return s.counts.reach ? s.counts.reach : s.kv.ctx; }
+
+// Whether attention may wait for the product that alone reads it, to be part of a chain.
+bool attention_in_chain(const Tensor& t, const CudaStep& s) {
+  const std::vector<LinearDecodeArgs>& made = s.chain.products;
+  return !s.observed && !t.keep && t.readers == 1 && t.reader->op == Op::kLinear && !t.reader->gain &&
+         t.reader->src[0] == &t && (s.counts.of(t.rows) == 1 || s.counts.apart) && reach(s) <= kLinearDecodeReach &&
+         !made.empty() && made.back().epilogue == Epilogue::kRopeKv && made.back().y == t.src[0]->f32();
+}
+
 void run_attention(Tensor& t, const CudaStep& s) {
   const HeadShape& h = t.head;
   const int64_t rows = s.counts.of(t.rows);
@@ -245,7 +260,7 @@ void run_attention(Tensor& t, const CudaStep& s) {
   else if (decode_attention(h, s.counts))
     attention_decode_cuda(
         {t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim,
-         s.counts.reach ? s.counts.reach : s.kv.ctx, s.counts.apart ? 1 : rows, s.scratch},
+         reach(s), s.counts.apart ? 1 : rows, s.scratch},
         s.stream, true);
   else
     attention_reference_cuda(
@@ -284,15 +299,21 @@ size_t node_scratch_cuda(const Graph& g, int multiprocessors) {
 }
 
 void run_node_cuda(Tensor& t, const CudaStep& s) {
+  if (t.op == Op::kAttention && attention_in_chain(t, s)) {
+    s.chain.attention = &t;
+    return;
+  }
   if (t.op != Op::kLinear && t.op != Op::kInput) run_chain_cuda(s);
   kTable[int(t.op)](t, s);
 }
 
 void run_chain_cuda(const CudaStep& s) {
-  if (s.chain.empty()) return;
-  linear_decode_cuda(s.chain.data(), s.chain.size(), s.scratch + split_bytes(s.multiprocessors), s.stream,
-                     true);
-  s.chain.clear();
+  DecodeChain chain;
+  std::swap(chain, s.chain);
+  if (!chain.products.empty())
+    linear_decode_cuda(chain.products.data(), chain.products.size(),
+                       s.scratch + split_bytes(s.multiprocessors), s.stream, true);
+  if (chain.attention) run_attention(*chain.attention, s);
 }
 
 }  // namespace q4s

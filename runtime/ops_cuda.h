@@ -9,6 +9,12 @@
 
 namespace q4s {
 
+// What waits to be one launch: products of few tokens, and the attention between the last of them and the next.
+struct DecodeChain {
+  std::vector<LinearDecodeArgs> products;
+  Tensor* attention = nullptr;
+};
+
 struct CudaStep {
   Counts counts;
   const KvCache& kv;
@@ -17,13 +23,13 @@ struct CudaStep {
   DenseCuda& dense;
   int multiprocessors;
   bool hopper;
-  std::vector<LinearDecodeArgs>& chain;  // products of few tokens that wait for each other to be one launch
-  bool observed = false;                 // someone reads results between nodes: they are all f32
+  DecodeChain& chain;
+  bool observed = false;  // someone reads results between nodes: they are all f32
 };
 
 // Bytes of scratch that any node of g needs.
 size_t node_scratch_cuda(const Graph& g, int multiprocessors);
-// Enqueues one node, but a product of few tokens only with the chain: that of the next node that is none, or
+// Enqueues one node, but what joins the chain only with it: before the next node that does not, or by
 // run_chain_cuda(). Throws CudaError, std::runtime_error.
 void run_node_cuda(Tensor&, const CudaStep&);
 void run_chain_cuda(const CudaStep&);

@@ -90,6 +90,17 @@ class Layers {
     else
       for (const LinearDecodeArgs& a : chain) linear_decode_cuda(&a, 1, exchange, stream, true);
   }
+  // All layers as one chain, attention over a token or two between them.
+  void launch_all(int64_t tokens, cudaStream_t stream) const {
+    std::vector<LinearDecodeArgs> chain;
+    for (int layer = 0; layer < kLayers; ++layer)
+      for (size_t i = 0; i < linears.size(); ++i) {
+        chain.push_back(product(layer, i, tokens));
+        chain.back().attends = i == 0 && layer > 0;
+      }
+    linear_decode_cuda(chain.data(), chain.size(), reinterpret_cast<std::byte*>(exchange_.data()), stream,
+                       true);
+  }
   LinearDecodeArgs product(int layer, size_t i, int64_t tokens) const {
     LinearDecodeArgs a{.x = i == 0   ? q_.data()
                             : i == 2 ? hidden_.data()
@@ -124,10 +135,16 @@ class Layers {
   DeviceBuffer<uint16_t> keys_, values_;
 };
 
+int multiprocessors() {
+  int count = 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0);
+  return count;
+}
+
 double bytes_of(const Linear& l) { return double(l.layout.code_bytes() + l.layout.scale_bytes()); }
 
 void report(const char* what, double us, double bytes, double speed) {
-  std::printf("  %-22s %7.2f us  %6.0f GB/s  %.3f of read\n", what, us, bytes / us / 1e3,
+  std::printf("  %-28s %7.2f us  %6.0f GB/s  %.3f of read\n", what, us, bytes / us / 1e3,
               bytes / us * 1e6 / speed);
 }
 
@@ -146,6 +163,10 @@ void bench(const Shape& s, int64_t group, Grid grid, bool each, double speed, Ti
         },
         kRepeats);
     report(("a layer, " + std::to_string(tokens) + " tokens").c_str(), us / kLayers, bytes, speed);
+    if (tokens > kLinearDecodeChainTokens || s.heads * tokens > multiprocessors()) continue;
+    const double all =
+        timer.microseconds([&](cudaStream_t stream) { layers.launch_all(tokens, stream); }, kRepeats);
+    report("  and attention, all in one", all / kLayers, bytes, speed);
   }
   for (size_t i = 0; each && i < layers.linears.size(); ++i) {
     const double us = timer.microseconds(

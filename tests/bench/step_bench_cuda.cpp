@@ -100,7 +100,7 @@ class Step {
   DeviceBuffer<std::byte> arena_, scratch_, cache_, draw_scratch_;
   KvCache kv_;
   DenseCuda dense_;
-  std::vector<LinearDecodeArgs> chain_;
+  DecodeChain chain_;
   int multiprocessors_ = 0;
   bool hopper_ = false;
   DeviceBuffer<SampleState> state_;

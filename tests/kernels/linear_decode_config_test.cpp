@@ -19,8 +19,10 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
   CAPTURE(shapes[0].layout.bits);
   CAPTURE(shapes.size());
   CAPTURE(tokens);
-  const LinearDecodeConfig c =
-      linear_decode_config(shapes.data(), shapes.size(), tokens, multiprocessors, kShared);
+  const LinearDecodeCut cut =
+      linear_decode_cut(shapes.data(), shapes.size(), tokens, multiprocessors, kShared);
+  const LinearDecodeConfig& c = cut.config;
+  REQUIRE(cut.part.size() == shapes.size());
   REQUIRE(c.tokens >= 1);
   REQUIRE(c.tokens <= tokens);
   if (multiprocessors == 1 && c.shared > kShared) return;  // sums of all rows of a tall weight in one block
@@ -31,7 +33,7 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
   int most_units = 0;
   for (size_t i = 0; i < shapes.size(); ++i) {
     const Q4Layout& l = shapes[i].layout;
-    const LinearDecodePart& part = c.part[i];
+    const LinearDecodePart& part = cut.part[i];
     REQUIRE(int64_t(c.blocks) * part.rows + part.more_rows == l.n_tiles());
     REQUIRE(part.more_rows < c.blocks);
     REQUIRE(part.units == (l.k_tiles() + 1) / 2);
@@ -42,6 +44,7 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
       REQUIRE(part.phase_begin(p + 1) - part.phase_begin(p) <= part.phase_units);
     }
     most_units = std::max(most_units, part.phase_units);
+    REQUIRE(c.meta - c.x >= kDecodeWarps * (shapes[i].attention + 2) * 4 * (shapes[i].attention > 0));
     // Places hold what they are for.
     REQUIRE(c.squares - c.meta >=
             part.phase_units * c.tokens * linear_decode_meta(linear_decode_unit_groups(l)) * 4);
@@ -52,9 +55,11 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
   }
   REQUIRE(c.stride == most_units * 256 + 64);
   REQUIRE(c.x == c.stages * c.stage_bytes);
-  REQUIRE(c.meta == c.x + c.tokens * c.stride);
+  REQUIRE(c.meta >= c.x + c.tokens * c.stride);
   REQUIRE(c.sums - c.partial >= kDecodeMeetings * kDecodeWarps * c.tokens * 64);
-  REQUIRE(c.barriers - c.norm >= kDecodeReducers * c.tokens * 4);
+  REQUIRE(c.place - c.norm >= kDecodeReducers * c.tokens * 4);
+  REQUIRE(c.barriers - c.place >= 20);
+  REQUIRE(c.place % 4 == 0);
   for (int at : {c.x, c.meta, c.stage_bytes, c.stage_scales}) REQUIRE(at % 16 == 0);
   REQUIRE(c.barriers % 8 == 0);
   REQUIRE(c.shared - c.barriers >= 2 * (kDecodeStages + kDecodeMeetings) * 8);
@@ -76,7 +81,7 @@ TEST_CASE("linear_decode_config: odd and real shapes") {
 TEST_CASE("linear_decode_config: chains of a layer's products") {
   for (auto [hidden, ffn] : {std::pair<int64_t, int64_t>{64, 172}, {576, 1536}, {4096, 11008}, {8192, 28672}})
     for (int tokens : {1, 2, 8, 16})
-      check({{{.n = hidden, .k = hidden, .group = 128}, false},
+      check({{{.n = hidden, .k = hidden, .group = 128}, false, 128},
              {{.n = 2 * ffn, .k = hidden, .group = 32}, true},
              {{.n = hidden, .k = ffn, .group = 64}, false},
              {{.n = 3 * hidden, .k = hidden, .group = 128}, true}},
@@ -86,6 +91,8 @@ TEST_CASE("linear_decode_config: chains of a layer's products") {
 TEST_CASE("linear_decode_config: eight tokens read the weights of every model once") {
   for (int64_t k : {4096, 5120, 8192, 11008, 13824, 14336, 28672}) {
     const LinearDecodeShape shape{{.n = 8192, .k = k, .group = 128}};
-    CHECK(linear_decode_config(&shape, 1, 8, 132, kShared).tokens == 8);
+    CHECK(linear_decode_cut(&shape, 1, 8, 132, kShared).config.tokens == 8);
+    const LinearDecodeShape wide{{.n = 8192, .k = k, .group = 128, .bits = 8}};
+    CHECK(linear_decode_cut(&wide, 1, 16, 132, kShared).config.tokens <= 8);
   }
 }
