@@ -19,8 +19,8 @@ constexpr int64_t kMostFactor = 64;
 struct CpuKernels {
   // Row i of w as f32.
   void (*decode_row)(const WeightView& w, int64_t i, float* out);
-  // Rows of y for a few tokens, straight from the stored type; a.scratch: one row in f32, used by all formats but
-  // F32, F16 and BF16.
+  // Rows of y for a few tokens, straight from the stored type; a.scratch: one row in f32, used by all formats
+  // but F32, F16 and BF16.
   void (*dot_rows)(const LinearArgs&, int64_t begin, int64_t end);
 
   // The other rows, unpacked by panels, for more tokens; layouts in simd_dense_gemm.h. `tile` as below.
@@ -29,8 +29,9 @@ struct CpuKernels {
   void (*pack_tiles)(const LinearArgs&, int64_t begin_tile, int64_t end_tile);
   void (*dense_gemm)(const LinearArgs&, int64_t begin, int64_t end, std::byte* panel);
 
-  // kQ4, kQ8 on int8 activations; layouts in simd_int8.h. quantize (columns of one token, from a multiple of 128
-  // on) and gemv serve a few tokens; quantize_tiles and gemm many, `tile` at a time. The `bytes` are multiples of 64.
+  // kQ4, kQ8 on int8 activations; layouts in simd_int8.h. quantize (columns of one token, from a multiple of
+  // 128 on) and gemv serve a few tokens; quantize_tiles and gemm many, `tile` at a time. The `bytes` are
+  // multiples of 64.
   int tile;
   int64_t (*token_bytes)(int64_t k);
   int64_t (*tile_bytes)(int64_t k);

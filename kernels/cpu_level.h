@@ -1,5 +1,5 @@
-// The table of cpu_kernels.h over the fast kernels. Each cpu_level_X.cpp includes it and is compiled for its own
-// instruction set: everything here has internal linkage.
+// The table of cpu_kernels.h over the fast kernels. Each cpu_level_X.cpp includes it and is compiled for its
+// own instruction set: everything here has internal linkage.
 #pragma once
 #include "kernels/simd_attention.h"
 #include "kernels/simd_dense_gemm.h"

@@ -26,8 +26,8 @@ Path path_of(const WeightView& w, int64_t tokens) {
   return tokens <= kFew ? Path::kDot : Path::kDense;
 }
 
-// The first bytes that a thread will read of w, into its second cache: the memory does not idle while activations
-// are made ready and threads meet. gemv asks for the rest as it goes.
+// The first bytes that a thread will read of w, into its second cache: the memory does not idle while
+// activations are made ready and threads meet. gemv asks for the rest as it goes.
 void fetch_start(const WeightView& w, Part part) {
   constexpr int64_t kBytes = 12288;
   const auto [begin, end] = part.of(w.n, kRowGrain);

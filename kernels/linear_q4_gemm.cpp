@@ -59,7 +59,8 @@ double split_us(const Q4GemmConfig& c, int multiprocessors) {
 }
 
 double few_us(const Q4GemmConfig& c) {
-  const int64_t most = ceil_div(c.row_blocks, c.clusters), bands = ceil_div(most, 12), band = ceil_div(most, bands);
+  const int64_t most = ceil_div(c.row_blocks, c.clusters), bands = ceil_div(most, 12),
+                band = ceil_div(most, bands);
   const double ways = band > 6 ? 1 : band > 4 ? 2 : 3;
   // A warp's way through a unit; reading it.
   const double unit = std::max(0.5 / ways, 0.045 * double(band));
@@ -78,8 +79,8 @@ std::string Q4GemmConfig::print() const {
     std::snprintf(text, sizeof text, "split %dx%d grid %dx%d, %d units in %d parts", rows, columns,
                   row_blocks, column_blocks, k_blocks, splits);
   else if (kernel == Q4GemmKernel::kFew)
-    std::snprintf(text, sizeof text, "few %dx%d, %d tiles of rows over %d clusters, %d units in 2 parts", rows,
-                  columns, row_blocks, clusters, k_blocks);
+    std::snprintf(text, sizeof text, "few %dx%d, %d tiles of rows over %d clusters, %d units in 2 parts",
+                  rows, columns, row_blocks, clusters, k_blocks);
   else
     std::snprintf(text, sizeof text, "mma.sync %dx%d grid %dx%d, %d parts of K", rows, columns, row_blocks,
                   column_blocks, splits);

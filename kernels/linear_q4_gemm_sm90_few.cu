@@ -3,8 +3,8 @@
 // when the activations come. Each cluster of two owns a run of 16-row tiles, each of its blocks half of K.
 // Twelve warps multiply by mma.sync, which waits for no other warp: each takes a tile of rows, and every
 // second or third unit of K where there are few tiles. Codes enter the tensor core as the integers they are,
-// and the sums of a group are scaled. Parts of a sum are pushed to the block that adds them, in a fixed order,
-// where warps of their own take them to their place.
+// and the sums of a group are scaled. Parts of a sum are pushed to the block that adds them, in a fixed
+// order, where warps of their own take them to their place.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_sm90_few_multiply.cuh"
 #include "kernels/linear_q4_gemm_sm90_few_sink.cuh"
@@ -62,7 +62,8 @@ struct Place {
 
 // A whole band, also where the cluster has less: one box each of weights and scales, since time goes with the
 // number of boxes.
-__device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4Maps& maps, const Work& work) {
+__device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4Maps& maps,
+                                const Work& work) {
   Place at;
   const uint32_t bytes = uint32_t(sh.l.w_bytes + sh.l.band * p.operands.box_groups * 32);
   for (int column = 0; column < work.columns; ++column)
@@ -72,9 +73,10 @@ __device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4
         const uint32_t full = sh.full_w + at.stage * 8;
         barrier_arrive_expect(full, bytes);
         const int k_tile = work.unit(i) * kQ4UnitTiles;
-        const int group =
-            p.operands.tile_groups ? int(__umulhi(uint32_t(k_tile), p.operands.tile_groups)) : k_tile * p.operands.fine;
-        tma_load(sh.x + sh.l.w + at.stage * sh.l.w_bytes, &maps.w, k_tile * (kQ4TileBytes / 4), work.band(b), full);
+        const int group = p.operands.tile_groups ? int(__umulhi(uint32_t(k_tile), p.operands.tile_groups))
+                                                 : k_tile * p.operands.fine;
+        tma_load(sh.x + sh.l.w + at.stage * sh.l.w_bytes, &maps.w, k_tile * (kQ4TileBytes / 4), work.band(b),
+                 full);
         tma_load(sh.x + sh.l.s + at.stage * sh.l.s_bytes, &maps.s, group * 16, work.band(b), full);
       }
 }
@@ -106,7 +108,8 @@ __device__ void multiply(const Q4FewShared& sh, const Params& p, const Work& wor
     for (int b = 0; b < work.bands; ++b, parity ^= 1, u0 += work.units) {
       // All at the same band: a warp without work in the last one is not a turn of the ring ahead.
       if (column + b > 0) named_barrier(1, kMultiply * 32);
-      const int tiles = work.tiles(b), ways = q4_few_ways(tiles), row = me.warp % tiles, way = me.warp / tiles;
+      const int tiles = work.tiles(b), ways = q4_few_ways(tiles), row = me.warp % tiles,
+                way = me.warp / tiles;
       if (way >= ways) continue;
       const uint32_t u = u0 + way, turns = u / sh.l.stages, weight = row == 0 ? kQ4FewBand + 1 - tiles : 1;
       float acc[2][4];
@@ -208,8 +211,8 @@ void q4_gemm_few_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t s
   p.layout = q4_few_layout(most, p.operands.box_groups);
   const Q4Maps maps = q4_gemm_maps(a, p.layout.band * kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
   p.scale_sums = !p.operands.half_grid && p.operands.fine == 0;
-  launch("q4_gemm_few", q4_gemm_few_kernel, dim3(unsigned(c.clusters * kQ4FewParts)), kThreads, size_t(p.layout.bytes),
-         kQ4FewParts, a.pdl, stream, maps, p);
+  launch("q4_gemm_few", q4_gemm_few_kernel, dim3(unsigned(c.clusters * kQ4FewParts)), kThreads,
+         size_t(p.layout.bytes), kQ4FewParts, a.pdl, stream, maps, p);
 }
 
 }  // namespace q4s

@@ -1,5 +1,5 @@
-// The inner part of linear_q4_gemm_sm90_few.cu: how a block's shared memory is laid out, and what a warp makes
-// of the units of K in it.
+// The inner part of linear_q4_gemm_sm90_few.cu: how a block's shared memory is laid out, and what a warp
+// makes of the units of K in it.
 #pragma once
 #include <algorithm>
 
@@ -8,20 +8,20 @@
 namespace q4s {
 
 constexpr int kQ4FewTokens = kQ4GemmFewTokens;
-constexpr int kQ4FewMultiply = 12;   // warps that do
-constexpr int kQ4FewParts = 2;       // of K: blocks of a cluster
-constexpr int kQ4FewBand = 12;       // most tiles of 16 rows that a block works on at a time
+constexpr int kQ4FewMultiply = 12;  // warps that do
+constexpr int kQ4FewParts = 2;      // of K: blocks of a cluster
+constexpr int kQ4FewBand = 12;      // most tiles of 16 rows that a block works on at a time
 constexpr int kQ4FewXTileBytes = kQ4FewTokens * 128, kQ4FewXBytes = kQ4FewXTileBytes * kQ4UnitTiles;
 constexpr int kQ4FewRowBytes = kQ4TileBytes * kQ4UnitTiles;  // of one tile of rows, a unit
-// Warps may take units in turn, `ways` of them. It divides the ring: a warp that comes to a stage again was the
-// one to empty it, and cannot mistake an earlier turn of the ring for this one.
+// Warps may take units in turn, `ways` of them. It divides the ring: a warp that comes to a stage again was
+// the one to empty it, and cannot mistake an earlier turn of the ring for this one.
 constexpr int kQ4FewRing = 6;  // divides the number of stages
 Q4S_HOST_DEVICE constexpr int q4_few_ways(int tiles) {
   return tiles > kQ4FewMultiply / 2 ? 1 : tiles > kQ4FewMultiply / 3 ? 2 : 3;
 }
 
-// A block's shared memory: a ring of stages, each a unit of K: activations, weights of a band and their scales;
-// parts of sums; barriers. Offsets in bytes.
+// A block's shared memory: a ring of stages, each a unit of K: activations, weights of a band and their
+// scales; parts of sums; barriers. Offsets in bytes.
 struct Q4FewLayout {
   int band, stages;
   int w, w_bytes, s, s_bytes, sums, barriers, bytes;
@@ -64,7 +64,8 @@ struct Q4FewShared {
   __device__ void init(int lane, uint32_t sinks) const {
     using hopper::barrier_init;
     if (lane < l.stages)
-      barrier_init(full_w + lane * 8, 1), barrier_init(full_x + lane * 8, 1), barrier_init(empty + lane * 8, kQ4FewBand);
+      barrier_init(full_w + lane * 8, 1), barrier_init(full_x + lane * 8, 1),
+          barrier_init(empty + lane * 8, kQ4FewBand);
     if (lane == 0) barrier_init(full_sums, 1), barrier_init(empty_sums, sinks);
     hopper::barrier_init_fence();
   }
@@ -80,7 +81,8 @@ __device__ inline void q4_integers(uint32_t word, uint32_t (&a)[4]) {
     asm("lop3.b32 %0, %1, %2, %3, 0xea;"
         : "=r"(bits)
         : "r"(i < 2 ? word : word >> 8), "r"(high ? 0x00f000f0u : 0x000f000fu), "r"(base));
-    const __half2 q = __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(offset));
+    const __half2 q =
+        __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(offset));
     a[i] = reinterpret_cast<const uint32_t&>(q);
   }
 }
@@ -89,9 +91,11 @@ struct Q4FewMultiplier {
   const Q4FewShared& sh;
   const Q4Operands& p;
   int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
-  int at_step[4];  // where a lane's row of an ldmatrix is, at each step of 16 columns: 16 tokens, two pieces of 8
+  int at_step[4];  // where a lane's row of an ldmatrix is, at each step of 16 columns: 16 tokens, two pieces
+                   // of 8
 
-  __device__ Q4FewMultiplier(const Q4FewShared& shared, const Q4Operands& operands) : sh(shared), p(operands) {
+  __device__ Q4FewMultiplier(const Q4FewShared& shared, const Q4Operands& operands)
+      : sh(shared), p(operands) {
     const int token = lane / 16 * 8 + lane % 8, piece = lane / 8 % 2;
 #pragma unroll
     for (int step = 0; step < 4; ++step) at_step[step] = token * 128 + ((2 * step + piece) ^ token % 8) * 16;
@@ -99,11 +103,13 @@ struct Q4FewMultiplier {
   // Sums of a tile of rows of a band, over every `ways`-th of `units` stages from (stage, parity) on.
   // `weight`: how often a stage is released.
   template <bool kScaleSums>
-  __device__ void tile(int row, int ways, int units, int stage, uint32_t parity, uint32_t weight, float (&acc)[2][4]) const {
+  __device__ void tile(int row, int ways, int units, int stage, uint32_t parity, uint32_t weight,
+                       float (&acc)[2][4]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0;
     const uint32_t words_at = sh.x + sh.l.w + row * kQ4FewRowBytes + lane * 16;
-    const __half* scales_at = reinterpret_cast<const __half*>(sh.base + sh.l.s) + row * p.box_groups * 16 + lane / 4;
+    const __half* scales_at =
+        reinterpret_cast<const __half*>(sh.base + sh.l.s) + row * p.box_groups * 16 + lane / 4;
     for (int unit = 0; unit < units; unit += ways) {
       hopper::barrier_wait(sh.full_w + stage * 8, parity);
       const uint32_t words = words_at + stage * sh.l.w_bytes;

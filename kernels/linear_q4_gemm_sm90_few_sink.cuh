@@ -1,5 +1,5 @@
-// The epilogues of linear_q4_gemm_sm90_few.cu: sums of 16 rows x 8 tokens, as an mma leaves them in a warp, to
-// their place. What comes from memory for them is fetched, and where they go is found, before they exist.
+// The epilogues of linear_q4_gemm_sm90_few.cu: sums of 16 rows x 8 tokens, as an mma leaves them in a warp,
+// to their place. What comes from memory for them is fetched, and where they go is found, before they exist.
 #pragma once
 #include "kernels/linear_q4_gemm_epilogue.cuh"
 
@@ -10,7 +10,8 @@ namespace q4s {
 template <int kPieces>
 class Q4FewSink {
  public:
-  __device__ Q4FewSink(const Q4GemmSink& s, int lane, int token0) : g_(lane / 4), token_(token0 + lane % 4 * 2) {
+  __device__ Q4FewSink(const Q4GemmSink& s, int lane, int token0)
+      : g_(lane / 4), token_(token0 + lane % 4 * 2) {
     if (s.output != Q4GemmOutput::kRopeKv) return;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -45,7 +46,8 @@ class Q4FewSink {
           ahead_[i][e] = from[0];
           if (row + 8 < s.n) ahead_[i][2 + e] = from[8];
         } else if (first < s.rotated) {
-          const float2 turn = *reinterpret_cast<const float2*>(s.table + int64_t(position_[e]) * s.head_dim + pair * 2);
+          const float2 turn =
+              *reinterpret_cast<const float2*>(s.table + int64_t(position_[e]) * s.head_dim + pair * 2);
           ahead_[i][2 * e] = turn.x, ahead_[i][2 * e + 1] = turn.y;
         }
       }
@@ -65,7 +67,8 @@ class Q4FewSink {
         if (s.output == Q4GemmOutput::kStore) {
           const int64_t to = token * s.y_pitch + row;
           if (row < s.n) sink_store(s.y, s.y_half, to, s.residual ? low[e] + ahead_[i][e] : low[e]);
-          if (row + 8 < s.n) sink_store(s.y, s.y_half, to + 8, s.residual ? high[e] + ahead_[i][2 + e] : high[e]);
+          if (row + 8 < s.n)
+            sink_store(s.y, s.y_half, to + 8, s.residual ? high[e] + ahead_[i][2 + e] : high[e]);
         } else if (s.output == Q4GemmOutput::kSwiglu) {
           const int column = tile(i) * 8 + g_;
           if (column < s.n / 2) sink_store(s.y, s.y_half, token * s.y_pitch + column, silu(low[e]) * high[e]);
@@ -76,7 +79,8 @@ class Q4FewSink {
           void* const p = query ? s.y : value ? s.v : s.k;
           const bool half = query ? s.y_half : s.kv_half;
           sink_store(p, half, to, value ? low[e] : low[e] * cosine - high[e] * sine);
-          sink_store(p, half, to + (value ? 8 : s.head_dim / 2), value ? high[e] : low[e] * sine + high[e] * cosine);
+          sink_store(p, half, to + (value ? 8 : s.head_dim / 2),
+                     value ? high[e] : low[e] * sine + high[e] * cosine);
         }
       }
     }

@@ -26,8 +26,9 @@ F spread(const float* p) {
 #endif
 }
 
-// Codes are asked for in the order of memory, whatever rows are multiplied at a time: only then does the hardware
-// stream, too, and a core's few requests in flight suffice. First into the second cache, then into the first.
+// Codes are asked for in the order of memory, whatever rows are multiplied at a time: only then does the
+// hardware stream, too, and a core's few requests in flight suffice. First into the second cache, then into
+// the first.
 constexpr int64_t kNear = 2048, kFar = 12288;  // bytes ahead
 
 struct GemvShape {
@@ -74,7 +75,8 @@ void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t 
   for (int t = 0; t < T; ++t) q[t] = reinterpret_cast<const int8_t*>(a.scratch + (t0 + t) * shape.at.bytes);
 
   // part += vector v of the rows times the tokens.
-  const auto multiply = [&](int64_t v, auto whole, bool fetch, F(&part)[T][R]) __attribute__((always_inline)) {
+  const auto multiply = [&](int64_t v, auto whole, bool fetch, F(&part)[T][R])
+      __attribute__((always_inline)) {
     B low[R], high[R];
     for (int i = 0; i < R; ++i) {
       const uint8_t* p = row[i] + v * kBytes;
@@ -90,8 +92,7 @@ void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t 
     }
     for (int t = 0; t < T; ++t) {
       const I init = load<I>(q[t] + shape.at.init + v * kBytes);
-      const F s =
-          spread<kBlocks>(reinterpret_cast<const float*>(q[t] + shape.at.scale) + v * kCols / kBlock);
+      const F s = spread<kBlocks>(reinterpret_cast<const float*>(q[t] + shape.at.scale) + v * kCols / kBlock);
       for (int i = 0; i < R; ++i) {
         I dot;
         if constexpr (q4)
@@ -113,8 +114,8 @@ void gemv_rows(const LinearArgs& a, const GemvShape& shape, int64_t t0, int64_t 
       load_halves(a.w.scales + (r + i) * shape.groups + g, min64(kScales, shape.groups - g), scales[i]);
   };
   F total[T][R] = {};
-  // total += part times the scales from group g on. The last vector of a row may hold fewer groups than `per`:
-  // the parts of absent ones are 0.
+  // total += part times the scales from group g on. The last vector of a row may hold fewer groups than
+  // `per`: the parts of absent ones are 0.
   const auto weigh = [&](int64_t g, const F(&part)[T][R]) __attribute__((always_inline)) {
     for (int i = 0; i < R; ++i) {
       const F s = spread<per>(&scales[i][g % kScales]);
@@ -160,19 +161,17 @@ void gemv_scaled(const LinearArgs& a, const GemvShape& shape, int64_t begin, int
   int64_t t = 0;
   for (; t + 4 <= a.tokens; t += 4) gemv_tokens<q4, half, per, span, 4>(a, shape, t, begin, end);
   switch (a.tokens - t) {
-    case 1:
-      return gemv_tokens<q4, half, per, span, 1>(a, shape, t, begin, end);
-    case 2:
-      return gemv_tokens<q4, half, per, span, 2>(a, shape, t, begin, end);
-    case 3:
-      return gemv_tokens<q4, half, per, span, 3>(a, shape, t, begin, end);
+    case 1: return gemv_tokens<q4, half, per, span, 1>(a, shape, t, begin, end);
+    case 2: return gemv_tokens<q4, half, per, span, 2>(a, shape, t, begin, end);
+    case 3: return gemv_tokens<q4, half, per, span, 3>(a, shape, t, begin, end);
   }
 }
 template <bool q4, bool half>
 void gemv_coded(const LinearArgs& a, int64_t begin, int64_t end) {
   constexpr int kCols = q4 ? 2 * kBytes : kBytes;
   const int64_t k = a.w.k, bytes = q4 ? (k + 1) / 2 : k;
-  const int64_t group = a.w.group < k ? a.w.group : div_up(k, kCols) * kCols;  // a whole row: in whole vectors
+  const int64_t group =
+      a.w.group < k ? a.w.group : div_up(k, kCols) * kCols;  // a whole row: in whole vectors
   const GemvShape shape{.groups = div_up(k, a.w.group),
                         .bytes = bytes,
                         .vectors = div_up(k, kCols),
@@ -184,10 +183,8 @@ void gemv_coded(const LinearArgs& a, int64_t begin, int64_t end) {
   if constexpr (kCols >= 64)
     if (group * 2 == kCols) return gemv_scaled<q4, half, 2, 1>(a, shape, begin, end);
   switch (shape.per_group) {
-    case 1:
-      return gemv_scaled<q4, half, 1, 1>(a, shape, begin, end);
-    case 2:
-      return gemv_scaled<q4, half, 1, 2>(a, shape, begin, end);
+    case 1: return gemv_scaled<q4, half, 1, 1>(a, shape, begin, end);
+    case 2: return gemv_scaled<q4, half, 1, 2>(a, shape, begin, end);
   }
   gemv_scaled<q4, half, 1, 0>(a, shape, begin, end);
 }

@@ -66,8 +66,7 @@ void quantize_token_as(const LinearArgs& a, int64_t t, int64_t begin, int64_t en
     quantize_span(a.x + t * k + c, min64(kSpan, k - c), span);
     for (int b = 0; b < kSpan / kBlock; ++b) scale[c / kBlock + b] = span.scale[b] * scale_factor(a.w);
     if constexpr (q4) {
-      for (int l = 0; l < kSpan / 8; ++l)
-        init[c / 8 + l] = -offset * (span.sum[2 * l] + span.sum[2 * l + 1]);
+      for (int l = 0; l < kSpan / 8; ++l) init[c / 8 + l] = -offset * (span.sum[2 * l] + span.sum[2 * l + 1]);
       for (int64_t i = 0; i < kSpan; i += kBlock) {
         int8_t* even = q + (c + i) / kCols * kCols + (c + i) % kCols / 2;
         split_columns(span.q + i, even, even + kBytes);

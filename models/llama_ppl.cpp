@@ -38,7 +38,8 @@ int run(int argc, char** argv) {
               "tokens of a window; 0: the protocol's, or the model's context if smaller");
   cli.integer("chunks", 0, 0, 1 << 30, "windows at most; 0: all");
   cli.text("kl-ref", "MODEL", "", "also KL divergence and top-1 agreement against this model");
-  cli.flag("int8", "on a CPU: activations in int8, as llama-run has them; not the perplexity that a GPU gives");
+  cli.flag("int8",
+           "on a CPU: activations in int8, as llama-run has them; not the perplexity that a GPU gives");
   cli.flag("json", "one JSON document on stdout");
   cli.device_options();
   if (!cli.parse(argc, argv)) return 0;
@@ -80,12 +81,11 @@ int run(int argc, char** argv) {
   const bool json = cli.on("json");
   std::unique_ptr<Progress> progress =
       json ? std::make_unique<Progress>("windows", cut.chunks, "windows") : nullptr;
-  const PplResult r =
-      perplexity(cut, *session, reference.get(), [&](int64_t done, double ppl) {
-        if (json) return progress->update(done, strprintf("PPL %.4f", ppl));
-        out(strprintf("%s[%lld]%.4f", done > 1 ? "," : "", (long long)done, ppl));
-        out_flush();
-      });
+  const PplResult r = perplexity(cut, *session, reference.get(), [&](int64_t done, double ppl) {
+    if (json) return progress->update(done, strprintf("PPL %.4f", ppl));
+    out(strprintf("%s[%lld]%.4f", done > 1 ? "," : "", (long long)done, ppl));
+    out_flush();
+  });
   progress.reset();
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 

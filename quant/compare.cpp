@@ -61,11 +61,14 @@ class WorstSeen {
       if (int64_t(entries_.size()) == count_ && !(loss > entries_.back().first)) continue;
       const int64_t n = p.end - p.begin;
       std::vector<float> w(n * k);
-      s.backend.read(w.data(), reinterpret_cast<const std::byte*>(s.w + p.begin * k), w.size() * sizeof(float));
+      s.backend.read(w.data(), reinterpret_cast<const std::byte*>(s.w + p.begin * k),
+                     w.size() * sizeof(float));
       const std::vector<float> q(s.result.values.begin() + p.begin * k, s.result.values.begin() + p.end * k);
       const HessianFactor& f = s.solver.fetch();
       const Format4 format{s.options.grid, s.options.group};
-      const auto retry = [&](bool as_the_seed) { return climb(w.data(), q, loss, format, n, f, as_the_seed, team); };
+      const auto retry = [&](bool as_the_seed) {
+        return climb(w.data(), q, loss, format, n, f, as_the_seed, team);
+      };
       entries_.push_back({s.block, p, loss, retry(true), retry(false)});
       std::stable_sort(entries_.begin(), entries_.end(),
                        [](const Entry& a, const Entry& b) { return a.first > b.first; });

@@ -87,8 +87,8 @@ class Backend {
     load(one);
   }
 
-  // Bytes per second of the best of a few read-only sweeps over memory: on a CPU measured by every call, since
-  // other programs share the memory, on a GPU by the first.
+  // Bytes per second of the best of a few read-only sweeps over memory: on a CPU measured by every call,
+  // since other programs share the memory, on a GPU by the first.
   virtual double read_bandwidth() = 0;
   // Tokens of one step of a long prompt that make good use of it.
   virtual int64_t prompt_step() const { return 512; }

@@ -1,4 +1,5 @@
-// The CPU backend: one table of kernels, one row an operation; every thread walks all nodes with a barrier after each.
+// The CPU backend: one table of kernels, one row an operation; every thread walks all nodes with a barrier
+// after each.
 #include <cassert>
 #include <chrono>
 #include <cstring>
@@ -31,7 +32,9 @@ void run_embed(Tensor& t, const Step& s, Part p) {
 }
 
 void run_gather(Tensor& t, const Step& s, Part p) {
-  WeightView rows{.format = Format::kF32, .n = s.counts.tokens, .k = t.cols,
+  WeightView rows{.format = Format::kF32,
+                  .n = s.counts.tokens,
+                  .k = t.cols,
                   .data = reinterpret_cast<const uint8_t*>(t.src[0]->data)};
   embed_cpu({rows, t.src[1]->i32(), t.f32(), s.counts.of(t.rows)}, p);
 }
@@ -42,21 +45,37 @@ void run_rms_norm(Tensor& t, const Step& s, Part p) {
 
 void run_linear(Tensor& t, const Step& s, Part p) {
   assert(!t.gain && t.epilogue == Epilogue::kNone);  // this backend asks for no fused graphs
-  const LinearArgs args{t.src[0]->f32(), t.weight->view, t.src[1] ? t.src[1]->f32() : nullptr, t.f32(),
-                        s.counts.of(t.rows), s.scratch};
+  const LinearArgs args{t.src[0]->f32(), t.weight->view,      t.src[1] ? t.src[1]->f32() : nullptr,
+                        t.f32(),         s.counts.of(t.rows), s.scratch};
   linear_prepare(args, p);
   s.pool.barrier();
   linear(args, p);
 }
 
 void run_rope_kv(Tensor& t, const Step& s, Part p) {
-  rope_kv({t.src[0]->f32(), t.weight->f32(), {t.src[1]->i32(), t.src[2]->i32()}, s.kv.layer(t.head.layer),
-               t.f32(), s.counts.of(t.rows), t.head.heads, t.head.kv_heads, t.head.head_dim}, p);
+  rope_kv({t.src[0]->f32(),
+           t.weight->f32(),
+           {t.src[1]->i32(), t.src[2]->i32()},
+           s.kv.layer(t.head.layer),
+           t.f32(),
+           s.counts.of(t.rows),
+           t.head.heads,
+           t.head.kv_heads,
+           t.head.head_dim},
+          p);
 }
 
 void run_attention(Tensor& t, const Step& s, Part p) {
-  attention({t.src[0]->f32(), {t.src[1]->i32(), t.src[2]->i32()}, s.kv.layer(t.head.layer), t.f32(),
-             s.counts.of(t.rows), t.head.heads, t.head.kv_heads, t.head.head_dim, s.scratch}, p);
+  attention({t.src[0]->f32(),
+             {t.src[1]->i32(), t.src[2]->i32()},
+             s.kv.layer(t.head.layer),
+             t.f32(),
+             s.counts.of(t.rows),
+             t.head.heads,
+             t.head.kv_heads,
+             t.head.head_dim,
+             s.scratch},
+            p);
 }
 
 void run_swiglu(Tensor& t, const Step& s, Part p) {
@@ -65,12 +84,20 @@ void run_swiglu(Tensor& t, const Step& s, Part p) {
 
 void run_rotate(Tensor& t, const Step& s, Part p) {
   rotate({t.src[0]->f32(), t.weight->f32(), t.weight2->f32(), t.f32(), s.counts.of(t.rows), t.cols,
-              t.weight2->view.n, t.inverse}, p);
+          t.weight2->view.n, t.inverse},
+         p);
 }
 
 using Run = void (*)(Tensor&, const Step&, Part);
-constexpr Run kTable[] = {[](Tensor&, const Step&, Part) {}, run_embed,   run_gather,    run_rms_norm, run_linear,
-                          run_rope_kv,                       run_attention, run_swiglu,  run_rotate};
+constexpr Run kTable[] = {[](Tensor&, const Step&, Part) {},
+                          run_embed,
+                          run_gather,
+                          run_rms_norm,
+                          run_linear,
+                          run_rope_kv,
+                          run_attention,
+                          run_swiglu,
+                          run_rotate};
 static_assert(std::size(kTable) == kOpCount, "an operation without a CPU kernel");
 
 class CpuBackend final : public Backend {
@@ -83,12 +110,12 @@ class CpuBackend final : public Backend {
 
   std::byte* allocate(size_t bytes, const std::string& purpose) override {
     // Rounded up so that whole vectors may be read at the end.
-    void* p = ::operator new(bytes + kSlack, std::align_val_t{4096}, std::nothrow);
+    void* p = ::operator new (bytes + kSlack, std::align_val_t{4096}, std::nothrow);
     if (!p)
       throw Error(ErrorKind::kResource, "out of memory: " + std::to_string(bytes) + " bytes for " + purpose);
     return static_cast<std::byte*>(p);
   }
-  void release(std::byte* p) override { ::operator delete(p, std::align_val_t{4096}); }
+  void release(std::byte* p) override { ::operator delete (p, std::align_val_t{4096}); }
   void write(std::byte* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void read(void* to, const std::byte* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   size_t weight_bytes(const Weight& w) const override { return w.random ? size_t(w.read_bytes()) : 0; }
@@ -138,12 +165,14 @@ class CpuBackend final : public Backend {
       if (n->op == Op::kLinear)
         most = std::max(most, linear_scratch_bytes(n->weight->view, g.max().of(n->rows), pool_.threads()));
       if (n->op == Op::kAttention)
-        most = std::max(most, attention_scratch_bytes(g.max().of(n->rows), n->head.head_dim, pool_.threads()));
+        most =
+            std::max(most, attention_scratch_bytes(g.max().of(n->rows), n->head.head_dim, pool_.threads()));
     }
     return most;
   }
 
-  void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch, const Observer* observer) override {
+  void run(const Graph& g, Counts counts, const KvCache& kv, std::byte* scratch,
+           const Observer* observer) override {
     const Step step{counts, kv, scratch, pool_};
     if (observer) {
       for (const auto& n : g.nodes()) {

@@ -158,7 +158,8 @@ class CudaBackend final : public Backend {
         scored_rows_ = a.rows;
       }
       std::copy_n(a.target, a.rows, targets_.get());
-      score_logits_cuda({a.logits, a.reference, targets_.get(), scored_.get(), a.rows, a.vocab}, stream_.get());
+      score_logits_cuda({a.logits, a.reference, targets_.get(), scored_.get(), a.rows, a.vocab},
+                        stream_.get());
       cuda_check(cudaStreamSynchronize(stream_.get()), "running the step");
       std::copy_n(scored_.get(), a.rows, a.score);
     });

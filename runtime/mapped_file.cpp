@@ -41,7 +41,8 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   }
   data_ = static_cast<const uint8_t*>(map);
   size_ = size_t(info.st_size);
-  (void)madvise(map, size_, MADV_HUGEPAGE);  // what is not cached yet is read in large pages, where the kernel can
+  (void)madvise(map, size_,
+                MADV_HUGEPAGE);  // what is not cached yet is read in large pages, where the kernel can
 }
 
 MappedFile::~MappedFile() {

@@ -244,8 +244,9 @@ int64_t reach(const CudaStep& s) { return s.counts.reach ? s.counts.reach : s.kv
 bool attention_in_chain(const Tensor& t, const CudaStep& s) {
   const std::vector<LinearDecodeArgs>& made = s.chain.products;
   return !s.observed && !t.keep && t.readers == 1 && t.reader->op == Op::kLinear && !t.reader->gain &&
-         t.reader->src[0] == &t && (s.counts.of(t.rows) == 1 || s.counts.apart) && reach(s) <= kLinearDecodeReach &&
-         !made.empty() && made.back().epilogue == Epilogue::kRopeKv && made.back().y == t.src[0]->f32();
+         t.reader->src[0] == &t && (s.counts.of(t.rows) == 1 || s.counts.apart) &&
+         reach(s) <= kLinearDecodeReach && !made.empty() && made.back().epilogue == Epilogue::kRopeKv &&
+         made.back().y == t.src[0]->f32();
 }
 
 void run_attention(Tensor& t, const CudaStep& s) {
@@ -258,10 +259,9 @@ void run_attention(Tensor& t, const CudaStep& s) {
         {t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim},
         s.stream);
   else if (decode_attention(h, s.counts))
-    attention_decode_cuda(
-        {t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads, h.head_dim,
-         reach(s), s.counts.apart ? 1 : rows, s.scratch},
-        s.stream, true);
+    attention_decode_cuda({t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads,
+                           h.head_dim, reach(s), s.counts.apart ? 1 : rows, s.scratch},
+                          s.stream, true);
   else
     attention_reference_cuda(
         {t.src[0]->f32(), at, kv, t.f32(), rows, h.heads, h.kv_heads, h.head_dim, nullptr}, s.stream);

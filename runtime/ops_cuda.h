@@ -9,7 +9,8 @@
 
 namespace q4s {
 
-// What waits to be one launch: products of few tokens, and the attention between the last of them and the next.
+// What waits to be one launch: products of few tokens, and the attention between the last of them and the
+// next.
 struct DecodeChain {
   std::vector<LinearDecodeArgs> products;
   Tensor* attention = nullptr;

@@ -125,8 +125,7 @@ bool random_shapes(int count, int sms, bool hopper) {
     if (config.kernel != Q4GemmKernel::kPortable) {
       const size_t t = r();
       if (i % 8 == 1) config = q4_gemm_config_portable(s);
-      if (i % 8 == 5)
-        config = q4_gemm_config_few(s);
+      if (i % 8 == 5) config = q4_gemm_config_few(s);
       if (i % 4 == 2)
         config = q4_gemm_config_stream(s, kQ4GemmStreamTiles[t % std::size(kQ4GemmStreamTiles)], r() % 2);
       if (i % 4 == 3)
@@ -140,7 +139,8 @@ bool random_shapes(int count, int sms, bool hopper) {
   std::printf(
       "random shapes: %d, %d failed, worst error/bound %.3f (stream %d of which %d in parts, split %d, "
       "few %d, mma.sync %d; %.1f s)\n",
-      count, failed, worst, of_kernel[0], streamed, of_kernel[1], of_kernel[2], of_kernel[3], seconds() - start);
+      count, failed, worst, of_kernel[0], streamed, of_kernel[1], of_kernel[2], of_kernel[3],
+      seconds() - start);
   return failed == 0;
 }
 

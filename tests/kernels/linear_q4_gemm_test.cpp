@@ -18,8 +18,8 @@ Q4GemmShape shape(int64_t tokens, int64_t n, int64_t k, int64_t group = 128, Row
   return s;
 }
 
-// Every (tile, k block) once; every split tile's parts in the order of K on rising clusters, each cluster's part
-// with begin > 0 being its first; every tile of the grid named once.
+// Every (tile, k block) once; every split tile's parts in the order of K on rising clusters, each cluster's
+// part with begin > 0 being its first; every tile of the grid named once.
 void check_schedule(const Q4GemmShape& s, const Q4GemmConfig& c) {
   CAPTURE(c.print());
   REQUIRE(c.kernel == Q4GemmKernel::kStream);
@@ -98,14 +98,16 @@ TEST_CASE("q4_gemm_config: every unit of work is dealt once, for every tile and 
                                 r() % 2 ? 128 : 32, r() % 2 ? RowMap::kPlain : RowMap::kPairHalves);
     const Q4GemmTile tile = kQ4GemmStreamTiles[r() % std::size(kQ4GemmStreamTiles)];
     check_schedule(s, q4_gemm_config_stream(s, tile, i % 2));
-    check_split(s, q4_gemm_config_split(s, kQ4GemmSplitTiles[r() % std::size(kQ4GemmSplitTiles)], 1 + int(r() % 8)));
+    check_split(
+        s, q4_gemm_config_split(s, kQ4GemmSplitTiles[r() % std::size(kQ4GemmSplitTiles)], 1 + int(r() % 8)));
     check_few(s, q4_gemm_config_few(s));
   }
 }
 
 TEST_CASE("q4_gemm_config: the choice") {
   for (int64_t tokens : {9, 16, 64, 128, 500, 2048, 8192})
-    for (auto [n, k] : {std::pair<int64_t, int64_t>{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}, {576, 576}}) {
+    for (auto [n, k] :
+         {std::pair<int64_t, int64_t>{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}, {576, 576}}) {
       const Q4GemmShape s = shape(tokens, n, k);
       const Q4GemmConfig c = q4_gemm_config(s);
       check(s, c);

@@ -65,28 +65,19 @@ void reference(const Tensor& t, Counts c, const KvCache& kv) {
                  t.head.head_dim});
   };
   switch (t.op) {
-    case Op::kInput:
-      break;
-    case Op::kEmbed:
-      embed_cpu({t.weight->view, t.src[0]->i32(), y.f32(), rows});
-      break;
+    case Op::kInput: break;
+    case Op::kEmbed: embed_cpu({t.weight->view, t.src[0]->i32(), y.f32(), rows}); break;
     case Op::kGather:
       for (int64_t i = 0; i < rows; ++i)
         std::memcpy(y.f32() + i * t.cols, t.src[0]->f32() + t.src[1]->i32()[i] * t.cols, size_t(t.cols) * 4);
       break;
-    case Op::kRmsNorm:
-      rms_norm_cpu({t.src[0]->f32(), t.weight->f32(), y.f32(), rows, t.cols, t.eps});
-      break;
-    case Op::kSwiglu:
-      swiglu_cpu({t.src[0]->f32(), y.f32(), rows, t.cols});
-      break;
+    case Op::kRmsNorm: rms_norm_cpu({t.src[0]->f32(), t.weight->f32(), y.f32(), rows, t.cols, t.eps}); break;
+    case Op::kSwiglu: swiglu_cpu({t.src[0]->f32(), y.f32(), rows, t.cols}); break;
     case Op::kRotate:
       rotate_cpu({t.src[0]->f32(), t.weight->f32(), t.weight2->f32(), y.f32(), rows, t.cols,
                   t.weight2->view.n, t.inverse});
       break;
-    case Op::kRopeKv:
-      rope(t.src[0]->f32(), *t.weight);
-      break;
+    case Op::kRopeKv: rope(t.src[0]->f32(), *t.weight); break;
     case Op::kAttention:
       attention_cpu({t.src[0]->f32(),
                      {t.src[1]->i32(), t.src[2]->i32()},

@@ -221,17 +221,18 @@ TEST_CASE("what cannot be quantised is refused before any work") {
   const Finished few = run(quantise(dir / "good.gguf", dir / "out.q4s", {"--calib", dir / "few.txt"}));
   CHECK(few.code == 3);
   CHECK_FALSE(std::filesystem::exists(dir / "out.q4s"));
-  for (const std::vector<std::string>& more : std::vector<std::vector<std::string>>{{"--group", "48"},
-                                                                                    {"--grid", "asym"},
-                                                                                    {"--samples", "-1"},
-                                                                                    {"--damp", "nan"},
-                                                                                    {"--only", "("},
-                                                                                    {"--tensor", "x"},
-                                                                                    {"--tensor", "x=g5"},
-                                                                                    {"--only", "attn"},
-                                                                                    {"--tensor", "up_proj=g32"},
-                                                                                    {"--bpw", "1"},
-                                                                                    {"another"}}) {
+  for (const std::vector<std::string>& more :
+       std::vector<std::vector<std::string>>{{"--group", "48"},
+                                             {"--grid", "asym"},
+                                             {"--samples", "-1"},
+                                             {"--damp", "nan"},
+                                             {"--only", "("},
+                                             {"--tensor", "x"},
+                                             {"--tensor", "x=g5"},
+                                             {"--only", "attn"},
+                                             {"--tensor", "up_proj=g32"},
+                                             {"--bpw", "1"},
+                                             {"another"}}) {
     CAPTURE(more[0]);
     const Finished f = run(quantise(dir / "good.gguf", dir / "out.q4s", more));
     CAPTURE(f.err);
