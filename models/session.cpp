@@ -145,7 +145,7 @@ void Session::run(Plan& p, std::span<const TokenAt> batch, std::span<const int32
   }
   p.wanted.assign(wanted.begin(), wanted.end());
   const auto put = [&](Tensor* t, const std::vector<int32_t>& v) {
-    backend_.write(t->data, v.data(), 4 * v.size());
+    if (!v.empty()) backend_.write(t->data, v.data(), 4 * v.size());
   };
   put(p.in.token, p.token), put(p.in.sequence, p.sequence), put(p.in.position, p.position),
       put(p.in.wanted, p.wanted);
@@ -303,7 +303,7 @@ void Session::decode(std::span<const Next> rows, int64_t steps, const OnStep& vi
     loop.rows.push_back({at.back(), s.sequence(), s.step(), {last.begin(), last.end()}});
   }
   const auto put = [&](Tensor* t, const std::vector<int32_t>& v) {
-    backend_.write(t->data, v.data(), 4 * v.size());
+    if (!v.empty()) backend_.write(t->data, v.data(), 4 * v.size());
   };
   put(decode_->in.token, next), put(decode_->in.position, at);
   put(decode_->in.sequence, sequence), put(decode_->in.wanted, wanted);
