@@ -8,7 +8,7 @@
 namespace q4s {
 namespace {
 
-// What a block may have beside the attention that runs between two chains.
+// Of a block. Some are left to others; whether a longer ring is worth more was not timed.
 int shared_bytes() {
   constexpr int kOthers = 32 * 1024;
   return device_facts().shared_bytes - (device_facts().hopper ? kOthers : 0);
