@@ -13,10 +13,41 @@ namespace q4s {
 #endif
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// Shared memory by address. Left to itself the compiler makes an address again for each use, out of a dozen
+// instructions; what `held` returns it keeps in a register.
+__device__ inline uint32_t held(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+__device__ inline uint4 load_shared_16(uint32_t at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at));
+  return v;
+}
+__device__ inline uint2 load_shared_8(uint32_t at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+  return v;
+}
+__device__ inline uint32_t load_shared_4(uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+  return v;
+}
+__device__ inline uint16_t load_shared_2(uint32_t at) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
+  return v;
+}
+__device__ inline void store_shared(uint32_t at, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+}
 
 // 16 bytes, global to shared, past the registers. Groups complete in order.
-__device__ inline void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+__device__ inline void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -31,20 +62,18 @@ constexpr int kFullArrivals = 32;
 #else
 constexpr int kFullArrivals = 1;
 #endif
-__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+__device__ inline void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-__device__ inline void barrier_init_done() {
+__device__ inline void mbarrier_init_done() {
 #ifdef Q4S_HOPPER
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-__device__ inline void barrier_arrive(uint64_t* barrier) {
-  asm volatile(
-      "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
-      : "memory");
+__device__ inline void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
-__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #ifdef Q4S_HOPPER
 #define Q4S_BARRIER_TEST "mbarrier.try_wait"
 #else
@@ -52,7 +81,7 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #endif
   asm volatile("{\n.reg .pred done;\nAGAIN:\n" Q4S_BARRIER_TEST
                ".parity.shared.b64 done, [%0], %1;\n"
-               "@!done bra AGAIN;\n}" ::"r"(shared_address(barrier)),
+               "@!done bra AGAIN;\n}" ::"r"(barrier),
                "r"(parity)
                : "memory");
 #undef Q4S_BARRIER_TEST
@@ -60,21 +89,20 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 // What a lane copies from global to shared memory: 0 or a multiple of 16 bytes.
 struct DecodeCopy {
-  void* to;
+  uint32_t to;
   const void* from;
   uint32_t bytes;
 };
 // Starts the copies of all lanes of a warp, which complete a phase of `barrier`.
 template <int kCopies>
-__device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint64_t* barrier, int lane) {
+__device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint32_t barrier, int lane) {
 #ifdef Q4S_HOPPER
   uint32_t bytes = 0;
 #pragma unroll
   for (const DecodeCopy& c : copies) bytes += c.bytes;
   bytes = __reduce_add_sync(0xffffffffu, bytes);
-  const uint32_t at = shared_address(barrier);
   if (lane == 0)
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(at),
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
                  "r"(bytes)
                  : "memory");
   __syncwarp();
@@ -83,20 +111,20 @@ __device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint64
     if (c.bytes)
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              shared_address(c.to)),
-          "l"(c.from), "r"(c.bytes), "r"(at)
+              c.to),
+          "l"(c.from), "r"(c.bytes), "r"(barrier)
           : "memory");
 #else
 #pragma unroll
   for (const DecodeCopy& c : copies)
     for (uint32_t left = __ballot_sync(0xffffffffu, c.bytes > 0); left; left &= left - 1) {
       const int leader = __ffs(int(left)) - 1;
-      char* to = reinterpret_cast<char*>(__shfl_sync(0xffffffffu, uint64_t(c.to), leader));
+      const uint32_t to = __shfl_sync(0xffffffffu, c.to, leader);
       const char* from = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, uint64_t(c.from), leader));
       const uint32_t bytes = __shfl_sync(0xffffffffu, c.bytes, leader);
       for (uint32_t i = lane * 16; i < bytes; i += 512) copy_async(to + i, from + i);
     }
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
 }
 

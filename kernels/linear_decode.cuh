@@ -38,7 +38,6 @@ struct DecodeMultiplier {
     const int rows = LinearDecodeRows(part, product).rows;
     uint8_t* const x = shared + c.x;
     uint32_t* const meta = reinterpret_cast<uint32_t*>(shared + c.meta);
-    float* const partial = reinterpret_cast<float*>(shared + c.partial);
     const DecodeStaging<Tile, kScales> staging{a,
                                                p.tokens,
                                                first,
@@ -52,49 +51,50 @@ struct DecodeMultiplier {
                                                warp};
     if (rows == 0) return;
     if (phase == 0) staging.prefetch_gain();
-    warps_sync<1, kDecodeWarps * 32>();  // all have done with the last x
+    warps_sync<kDecodeDone, kDecodeReaders>();  // all have done with the last x and its squares
     staging.run();
     warps_sync<1, kDecodeWarps * 32>();
 
-    DecodeSums<Tile, kScales, kTokens> sums(a, x, c.stride, meta, p.tokens, lane);
+    DecodeSums<Tile, kScales, kTokens> sums(a, shared_address(x), c.stride, shared_address(meta), p.tokens,
+                                            lane);
+    const uint32_t partial = held(shared_address(shared + c.partial)), sum_bytes = p.tokens * (kQ4TileRows * 4);
+    const uint32_t codes_at = held(warp * kUnitBytes + lane * 16);  // in a stage
+    const uint32_t scales_at = held(c.stage_scales + warp * kUnitScales * 2 + lane / 4 * 2);
     int row = 0, col = warp;
     // On to the next row; hands in this warp's sums of the last one if it has a part of it.
-    const auto pass_row = [&](bool mine, int slot = 0) {
-      const int m = row % kDecodeMeetings;
-      barrier_wait(ring.sums_empty(m), (parities >> m & 1) ^ 1);
+    const auto pass_row = [&](bool mine) {
+      const uint32_t m = uint32_t(row) % kDecodeMeetings;
+      mbarrier_wait(ring.sums_empty(m), (parities >> m & 1) ^ 1);
       parities ^= 1u << m;
       if (mine) {
-        sums.store(partial + (m * kDecodeWarps + slot) * p.tokens * kQ4TileRows, lane);
+        sums.store(partial + (m * kDecodeWarps + uint32_t(col) % kDecodeWarps) * sum_bytes, p.tokens, lane);
         sums.clear();
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(ring.sums_full(m));
+      mbarrier_arrive(ring.sums_full(m));
       ++row;
     };
     for (; col >= units && row < rows; col -= units) pass_row(false);
+    const int total = rows * units;
 #pragma unroll 1
-    for (int stages = (rows * units + kDecodeWarps - 1) / kDecodeWarps; stages > 0; --stages) {
+    for (int left = (total - warp + kDecodeWarps - 1) / kDecodeWarps; left > 0; --left) {
       ring.wait_full();
-      if (row >= rows) {  // the last stage has no unit for this warp
-        if (lane == 0) barrier_arrive(ring.empty());
-        ring.next();
-        continue;
-      }
-      const uint8_t* stage = ring.stage();
-      const int unit = first + col;
-      const auto codes =
-          sums.read(stage + warp * kUnitBytes,
-                    reinterpret_cast<const uint16_t*>(stage + c.stage_scales) + warp * kUnitScales,
-                    kScales > 1 ? a.groups - unit * kScales : 1, lane);
+      const auto codes = sums.read(ring.stage() + codes_at, ring.stage() + scales_at,
+                                   kScales > 1 ? a.groups - (first + col) * kScales : 1);
       __syncwarp();
-      if (lane == 0) barrier_arrive(ring.empty());
+      if (lane == 0) mbarrier_arrive(ring.empty());
       ring.next();
-      sums.add(codes, col, unit * kUnitTiles + 1 < a.k_tiles);
+      sums.add(codes, col, (first + col) * kUnitTiles + 1 < a.k_tiles);
       col += kDecodeWarps;
       if (col < units) continue;
-      pass_row(true, col % kDecodeWarps);
+      pass_row(true);
       for (col -= units; col >= units; col -= units)
         if (row < rows) pass_row(false);
+    }
+    if (total % kDecodeWarps != 0 && warp >= total % kDecodeWarps) {  // no unit in the last stage
+      ring.wait_full();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(ring.empty());
+      ring.next();
     }
     while (row < rows) pass_row(false);
   }
@@ -120,10 +120,9 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
     DecodeStaging<Tile, 1>{p.product[0], 0, 0, 0, nullptr, nullptr, nullptr, 0, 0, lane, warp}
         .prefetch_gain();
   pdl_wait();
-  constexpr int kReaders = (kDecodeWarps + kDecodeReducers) * 32;  // of the number of products
   const uint32_t first = p.done ? __ldcg(p.done + blockIdx.x) + 1 : 0;
   if (warp >= kDecodeWarps) {
-    warps_arrive<2, kReaders>();
+    warps_arrive<2, kDecodeReaders>();  // the number of products is read
     const int j = warp - kDecodeWarps;
     const auto at = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
     linear_decode_reduce<kTokens>(
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
       }
     }
   }
-  warps_sync<2, kReaders>();
+  warps_sync<2, kDecodeReaders>();
   if (p.done && threadIdx.x == 0) p.done[blockIdx.x] = first + uint32_t(p.count) - 1;
 }
 

@@ -120,6 +120,11 @@ __device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ri
       const bool last = phase == cut.phases - 1;
       const int slots = min(kDecodeWarps, cut.phase_begin(phase + 1) - cut.phase_begin(phase));
       bool norm = a.gain && last;  // still to be made
+      if (rows.rows > 0) {
+        // One that has no row must not be ahead of the others, and arrive twice.
+        warps_sync<4, kDecodeReducers * 32>();
+        warps_arrive<kDecodeDone, kDecodeReaders>();
+      }
 #pragma unroll 1
       for (int row = j; row < rows.rows; row += kDecodeReducers) {
         const float* partial = at.partial + j * kDecodeWarps * tokens * kQ4TileRows;
@@ -130,7 +135,7 @@ __device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ri
             if (mine + 4 * t < tokens && !(single && part))
               output[t].load(a, rows.tile_row(row), r, mine + 4 * t, first);
         __syncwarp();
-        barrier_wait(ring.sums_full(j), parity);
+        mbarrier_wait(ring.sums_full(j), parity);
         parity ^= 1;
         if (norm) {
           norm = false;
@@ -178,8 +183,7 @@ __device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ri
           const float scale = a.gain ? at.norm[token] : 1.0f;
           output[t].finish(a, rows.tile_row(row), r, token, low * scale, high * scale, first + uint32_t(i));
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(ring.sums_empty(j));
+        mbarrier_arrive(ring.sums_empty(j));
       }
     }
     if (i + 2 == p.count) pdl_trigger();

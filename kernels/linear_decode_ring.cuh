@@ -30,6 +30,10 @@ __device__ inline float wait_packet(const uint64_t* p, uint32_t number) {
   return __uint_as_float(uint32_t(v));
 }
 
+// A barrier where the reducers say, before each phase of a product, that they have done with all before it;
+// and the threads that meet there.
+constexpr int kDecodeDone = 3, kDecodeReaders = (kDecodeWarps + kDecodeReducers) * 32;
+
 // One product of a chain. The packets of product i bear `first` + i, where `first` is one more than the
 // number of products that chains had before.
 struct LinearDecodeProduct {
@@ -83,41 +87,43 @@ struct LinearDecodeRows {
 class LinearDecodeRing {
  public:
   __device__ LinearDecodeRing(const LinearDecodeConfig& c, uint8_t* shared)
-      : ring_(shared),
-        barriers_(reinterpret_cast<uint64_t*>(shared + c.barriers)),
+      : first_(held(shared_address(shared))),
+        barriers_(held(shared_address(shared + c.barriers))),
+        stage_(first_),
+        full_(barriers_),
         stages_(c.stages),
         stage_bytes_(c.stage_bytes) {}
 
   // By one thread, before any other uses them.
   __device__ void init() const {
     for (int i = 0; i < kDecodeStages; ++i) {
-      barrier_init(full(i), kFullArrivals);
-      barrier_init(empty(i), kDecodeWarps);
+      mbarrier_init(barriers_ + i * 8, kFullArrivals);
+      mbarrier_init(barriers_ + i * 8 + kEmpty, kDecodeWarps);
     }
     for (int m = 0; m < kDecodeMeetings; ++m) {
-      barrier_init(sums_full(m), kDecodeWarps);
-      barrier_init(sums_empty(m), 1);
+      mbarrier_init(sums_full(m), kDecodeWarps * 32);
+      mbarrier_init(sums_empty(m), 32);
     }
-    barrier_init_done();
+    mbarrier_init_done();
   }
-  __device__ uint64_t* full(int stage) const { return barriers_ + stage; }
-  __device__ uint64_t* empty(int stage) const { return barriers_ + kDecodeStages + stage; }
-  __device__ uint64_t* sums_full(int meeting) const { return barriers_ + 2 * kDecodeStages + meeting; }
-  __device__ uint64_t* sums_empty(int meeting) const { return sums_full(kDecodeMeetings) + meeting; }
+  // Addresses in shared memory: of a meeting's barriers, of the stage that the role is at, of its barriers.
+  __device__ uint32_t sums_full(int meeting) const { return barriers_ + 2 * kEmpty + meeting * 8; }
+  __device__ uint32_t sums_empty(int meeting) const { return sums_full(meeting) + kDecodeMeetings * 8; }
+  __device__ uint32_t stage() const { return stage_; }
+  __device__ uint32_t full() const { return full_; }
+  __device__ uint32_t empty() const { return full_ + kEmpty; }
 
-  __device__ uint8_t* stage() const { return ring_ + stage_ * stage_bytes_; }
-  __device__ void wait_full() const { barrier_wait(full(stage_), parity_); }
-  __device__ void wait_empty() const { barrier_wait(empty(stage_), parity_ ^ 1); }
-  __device__ uint64_t* full() const { return full(stage_); }
-  __device__ uint64_t* empty() const { return empty(stage_); }
+  __device__ void wait_full() const { mbarrier_wait(full_, parity_); }
+  __device__ void wait_empty() const { mbarrier_wait(full_ + kEmpty, parity_ ^ 1); }
   __device__ void next() {
-    if (++stage_ == stages_) stage_ = 0, parity_ ^= 1;
+    stage_ += stage_bytes_, full_ += 8;
+    if (full_ == barriers_ + stages_ * 8) stage_ = first_, full_ = barriers_, parity_ ^= 1;
   }
 
  private:
-  uint8_t* ring_;
-  uint64_t* barriers_;
-  int stages_, stage_bytes_, stage_ = 0;
+  static constexpr int kEmpty = kDecodeStages * 8;  // from a stage's barrier for full to that for empty
+  uint32_t first_, barriers_, stage_, full_;
+  int stages_, stage_bytes_;
   uint32_t parity_ = 0;
 };
 

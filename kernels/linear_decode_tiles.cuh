@@ -36,7 +36,7 @@ struct Int8Tile {
 
 struct HalfTile {
   static constexpr bool kInteger = false;
-  static constexpr int kBits = 16, kLoads = 8;
+  static constexpr int kBits = 16, kLoads = 8, kBelow = 1;
 };
 
 // The sums that a lane holds for a tile row, and how a unit is added to them. Integer formats: rows g and
@@ -48,18 +48,18 @@ class DecodeSums {
   static constexpr int kBlocks = (kTokens + kBlockTokens - 1) / kBlockTokens;
   static constexpr int kMeta = linear_decode_meta(kScales);
 
-  // x, meta: as staged.
-  __device__ DecodeSums(const LinearDecodeProduct& a, const uint8_t* x, int stride, const uint32_t* meta,
-                        int tokens, int lane)
-      : meta_(meta), factor_(uint32_t(a.factor)), tokens_(tokens) {
+  // x, meta: addresses, as staged.
+  __device__ DecodeSums(const LinearDecodeProduct& a, uint32_t x, int stride, uint32_t meta, int tokens,
+                        int lane)
+      : factor_(uint32_t(a.factor)), unit_meta_(held(tokens * kMeta * 4)) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const int token = min(kBlockTokens * b + (Tile::kInteger ? g / 2 : g), tokens - 1);
-      x_[b] = x + token * stride + t * 16 + (Tile::kInteger ? g % 2 * 64 : 0);
+      x_[b] = held(x + token * stride + t * 16 + (Tile::kInteger ? g % 2 * 64 : 0));
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        token_[b][i] = min(kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i), tokens - 1);
+        meta_[b][i] = held(meta + min(kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i), tokens - 1) * (kMeta * 4));
     }
     clear();
   }
@@ -75,16 +75,15 @@ class DecodeSums {
     uint4 v[Tile::kLoads];
     uint16_t above[kScales ? kScales : 1], below[kScales ? kScales : 1];
   };
-  // groups: of the unit that exist.
-  __device__ static Codes read(const uint8_t* codes, const uint16_t* scales, int groups, int lane) {
+  // Addresses of this lane's first 16 bytes and of its first scale. groups: of the unit that exist.
+  __device__ static Codes read(uint32_t codes, uint32_t scales, int groups) {
     Codes c;
 #pragma unroll
-    for (int i = 0; i < Tile::kLoads; ++i)
-      c.v[i] = *reinterpret_cast<const uint4*>(codes + i * 512 + lane * 16);
+    for (int i = 0; i < Tile::kLoads; ++i) c.v[i] = load_shared_16(codes + i * 512);
 #pragma unroll
     for (int s = 0; s < kScales; ++s) {
-      const uint16_t* at = scales + (s == 0 ? 0 : min(s, groups - 1) * kQ4TileRows) + lane / 4;
-      c.above[s] = at[0], c.below[s] = at[8];
+      const uint32_t at = scales + (s == 0 ? 0 : min(s, groups - 1) * (kQ4TileRows * 2));
+      c.above[s] = load_shared_2(at), c.below[s] = load_shared_2(at + 16);
     }
     return c;
   }
@@ -98,22 +97,24 @@ class DecodeSums {
       add_half(c, unit, whole);
   }
 
-  // to: (T, 16).
-  __device__ void store(float* to, int lane) const {
+  // to: address of (T, 16).
+  __device__ void store(uint32_t to, int tokens, int lane) const {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
         const int token = kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i);
-        if (token >= tokens_) continue;
-        to[token * kQ4TileRows + g] = sum_[b][i];
-        to[token * kQ4TileRows + g + 8] = sum_[b][kOwn + i];
+        if (token >= tokens) continue;
+        store_shared(to + (token * kQ4TileRows + g) * 4, sum_[b][i]);
+        store_shared(to + (token * kQ4TileRows + g) * 4 + 32, sum_[b][kOwn + i] * kBelowOnce);
       }
   }
 
  private:
   static constexpr int kOwn = Tile::kInteger ? 1 : 2;  // tokens of a block
+  // What makes sums of rows 8.. out of those of multiples of their codes: a power of two.
+  static constexpr float kBelowOnce = 1.0f / Tile::kBelow;
 
   __device__ void add_integer(const Codes& c, int unit) {
     constexpr int kSteps = kUnitColumns / 32, kGroup = kSteps / (kScales ? kScales : 1);
@@ -124,7 +125,7 @@ class DecodeSums {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
         if (step % 2 == 0)
-          x[b] = *reinterpret_cast<const uint4*>(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 128);
+          x[b] = load_shared_16(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 128);
       uint32_t fragment[4];
       Tile::fragment(fragment, c.v[step * Tile::kLoads / 4], step);
 #pragma unroll
@@ -137,16 +138,23 @@ class DecodeSums {
       const int s = step / kGroup;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        const uint32_t* about = meta_ + (unit * tokens_ + token_[b][0]) * kMeta;
+        const uint32_t about = meta_[b][0] + unit * unit_meta_;
+        uint32_t bias = 0, bits;
+        if constexpr (Tile::kBits == 4 && kScales == 1) {
+          const uint2 both = load_shared_8(about);
+          bias = both.x, bits = both.y;
+        } else {
+          if constexpr (Tile::kBits == 4) bias = load_shared_4(about + s * 4);
+          bits = load_shared_4(about + (kMeta - 1) * 4);
+        }
         // Overflow on the way is harmless: the value has none.
-        const uint32_t bias = Tile::kBits == 4 ? about[s] : 0, f = factor_;
-        const float scale = __uint_as_float(about[kMeta - 1]);
+        const uint32_t f = factor_;
+        const float scale = __uint_as_float(bits);
         const uint32_t(&sum)[4] = product[b];
         const uint32_t high = sum[0] * (256 * f) + (sum[1] * f + bias);
         const uint32_t low = sum[2] * (256 * f) + (sum[3] * f + bias * Tile::kBelow);
         sum_[b][0] += half_bits_to_float(c.above[s]) * scale * __int2float_rn(int32_t(high));
-        sum_[b][1] +=
-            half_bits_to_float(c.below[s]) * (scale * (1.0f / Tile::kBelow)) * __int2float_rn(int32_t(low));
+        sum_[b][1] += half_bits_to_float(c.below[s]) * scale * __int2float_rn(int32_t(low));
       }
     }
   }
@@ -161,8 +169,7 @@ class DecodeSums {
       const uint32_t fragment[4] = {c.v[step].x, c.v[step].y, c.v[step].z, c.v[step].w};
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        const uint2 x =
-            *reinterpret_cast<const uint2*>(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 64 + step % 2 * 8);
+        const uint2 x = load_shared_8(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 64 + step % 2 * 8);
         mma_16816(product[b], fragment, x.x, x.y);
       }
     }
@@ -170,16 +177,15 @@ class DecodeSums {
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        const float scale = __uint_as_float(meta_[(unit * tokens_ + token_[b][i]) * kMeta + kMeta - 1]);
+        const float scale =
+            __uint_as_float(load_shared_4(meta_[b][i] + unit * unit_meta_ + (kMeta - 1) * 4));
         sum_[b][i] += product[b][i] * scale;
         sum_[b][kOwn + i] += product[b][2 + i] * scale;
       }
   }
 
-  const uint8_t* x_[kBlocks];
-  const uint32_t* meta_;
-  uint32_t factor_;
-  int tokens_, token_[kBlocks][kOwn];
+  uint32_t x_[kBlocks], meta_[kBlocks][kOwn];  // addresses of unit 0
+  uint32_t factor_, unit_meta_;                // unit_meta_: bytes from unit to unit
   float sum_[kBlocks][2 * kOwn];
 };
 
