@@ -102,9 +102,10 @@ __device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint32
   for (const DecodeCopy& c : copies) bytes += c.bytes;
   bytes = __reduce_add_sync(0xffffffffu, bytes);
   if (lane == 0)
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
+        "r"(bytes)
+        : "memory");
   __syncwarp();
 #pragma unroll
   for (const DecodeCopy& c : copies)

@@ -57,7 +57,8 @@ struct DecodeMultiplier {
 
     DecodeSums<Tile, kScales, kTokens> sums(a, shared_address(x), c.stride, shared_address(meta), p.tokens,
                                             lane);
-    const uint32_t partial = held(shared_address(shared + c.partial)), sum_bytes = p.tokens * (kQ4TileRows * 4);
+    const uint32_t partial = held(shared_address(shared + c.partial)),
+                   sum_bytes = p.tokens * (kQ4TileRows * 4);
     const uint32_t codes_at = held(warp * kUnitBytes + lane * 16);  // in a stage
     const uint32_t scales_at = held(c.stage_scales + warp * kUnitScales * 2 + lane / 4 * 2);
     int row = 0, col = warp;
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
       if (attends && i + 1 < p.count && p.product[i + 1].attends)
         linear_decode_attend_prefetch(p.product[i], *place, warp, lane);
       if (attends && p.product[i].attends)
-        linear_decode_attend(p.product[i - 1], *place, const_cast<uint64_t*>(p.product[i].x_packets),
+        linear_decode_attend(p.product[i - 1], *place, const_cast<Packet*>(p.product[i].x_packets),
                              first + uint32_t(i), reinterpret_cast<float*>(shared + c.x), warp, lane);
     }
 #pragma unroll 1

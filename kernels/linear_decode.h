@@ -6,7 +6,7 @@
 // is rotated and its k and v appended to the cache (RowMap::kRope). Everything is in device memory; positions
 // are read there.
 //
-// Values: for integer codes each 128 columns of x are rounded to integers below 32640, the largest of them,
+// Values: x is rounded to 16 significant bits. For integer codes each 128 columns of it are then rounded to integers below 32640, the largest of them,
 // and the sums of a group of codes are exact; for fp16 weights x is rounded to fp16 under a power of two for
 // each 128 columns, so that no x is too large. These sums are added in f32, in an order that depends on K
 // alone. An x that is no number makes every output of its token none.
@@ -55,7 +55,7 @@ constexpr size_t kLinearDecodeChain = 128;
 constexpr int64_t kLinearDecodeChainTokens = 2;
 constexpr int64_t kLinearDecodeChainColumns = 32768;  // most of y where a product follows
 constexpr size_t kLinearDecodeExchange =
-    4096 + 5 * kLinearDecodeChainTokens * kLinearDecodeChainColumns * sizeof(uint64_t);
+    4096 + 5 * kLinearDecodeChainTokens * kLinearDecodeChainColumns * 4;
 // Positions up to which attention in a chain, a block for each token and head, beats a kernel of its own.
 constexpr int64_t kLinearDecodeReach = 256;
 // Groups of 32, of 64 times a power of two, or whole rows; a slice of x must fit a block.

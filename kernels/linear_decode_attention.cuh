@@ -5,24 +5,24 @@
 
 namespace q4s {
 
-// kRows times eight neighbouring packets, all asked for again until all are there.
+// kRows times eight neighbouring values out of packets, all asked for again until all are there.
 template <int kRows>
-__device__ inline void wait_packets(float (&v)[kRows][8], const uint64_t* const (&from)[kRows],
+__device__ inline void wait_packets(float (&v)[kRows][8], const Packet* const (&from)[kRows],
                                     uint32_t number) {
-  ulonglong2 p[kRows][4];
+  Packet p[2 * kRows];
   bool all;
   do {
 #pragma unroll
-    for (int i = 0; i < 4 * kRows; ++i) p[i / 4][i % 4] = load_packets(from[i / 4] + i % 4 * 2);
+    for (int i = 0; i < 2 * kRows; ++i) p[i] = load_packet(from[i / 2] + i % 2);
     all = true;
 #pragma unroll
-    for (int i = 0; i < 4 * kRows; ++i)
-      all = all && uint32_t(p[i / 4][i % 4].x >> 32) == number && uint32_t(p[i / 4][i % 4].y >> 32) == number;
+    for (int i = 0; i < 2 * kRows; ++i) all = all && p[i].w == number;
   } while (!all);
 #pragma unroll
-  for (int i = 0; i < 4 * kRows; ++i) {
-    v[i / 4][i % 4 * 2] = __uint_as_float(uint32_t(p[i / 4][i % 4].x));
-    v[i / 4][i % 4 * 2 + 1] = __uint_as_float(uint32_t(p[i / 4][i % 4].y));
+  for (int i = 0; i < 2 * kRows; ++i) {
+    const float4 four = packet_values(p[i]);
+    float* const to = &v[i / 2][i % 2 * 4];
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
   }
 }
 __device__ inline void halves_to_floats(float (&v)[8], const uint4& h) {
@@ -110,7 +110,7 @@ __device__ inline void linear_decode_attend_prefetch(const LinearDecodeProduct& 
 //
 // Short code on purpose: it is cold each time.
 __device__ inline void linear_decode_attend(const LinearDecodeProduct& from, const DecodePlace& place,
-                                            uint64_t* out, uint32_t number, float* meet, int warp, int lane) {
+                                            Packet* out, uint32_t number, float* meet, int warp, int lane) {
   constexpr int kTile = 2, kAhead = 2 * kTile;  // positions of a run at a time, and with those on their way
   const DecodeCache c(from, place, warp, lane);
   const int dim = from.head_dim, position = place.position;
@@ -125,14 +125,14 @@ __device__ inline void linear_decode_attend(const LinearDecodeProduct& from, con
       if (d < c.lanes) s += __shfl_xor_sync(0xffffffffu, s, d);
     return s * scale;
   };
-  const uint64_t* const made = from.y_packets + place.token * from.n + c.column;
-  const uint64_t* const q_from = made + place.head * dim;
+  const Packet* const made = from.y_packets + (place.token * from.n + c.column) / kPacketValues;
+  const Packet* const q_from = made + place.head * dim / kPacketValues;
 
   DecodeSoftmax softmax;
   if (warp == 0) {  // the token's own row
     float rows[3][8] = {};
-    const uint64_t* const own = made + (from.heads + place.kv_head) * dim;
-    if (mine) wait_packets(rows, {q_from, own, own + c.row}, number - 1);
+    const Packet* const own = made + (from.heads + place.kv_head) * dim / kPacketValues;
+    if (mine) wait_packets(rows, {q_from, own, own + c.row / kPacketValues}, number - 1);
     softmax.most = score(rows[0], rows[1]);
     softmax.add(softmax.most, rows[2]);
   } else if (c.first < position) {
@@ -195,7 +195,8 @@ __device__ inline void linear_decode_attend(const LinearDecodeProduct& from, con
 #pragma unroll 4
   for (int w = 0; w < kDecodeWarps; ++w)
     value += __shfl_sync(0xffffffffu, weight, w) * meet[w * pitch + min(d, dim - 1)];
-  if (d < dim) store_packet(out + (place.token * from.heads + place.head) * dim + d, value / sum, number);
+  Packet* const to = out + ((place.token * from.heads + place.head) * dim + d) / kPacketValues;
+  store_packets<1>(to, value / sum, number, lane, d < dim);
 }
 
 }  // namespace q4s

@@ -12,14 +12,9 @@ struct DecodeOutput {
   float low = 0, high = 0;
   int64_t cache = 0;
 
-  __device__ void load(const LinearDecodeProduct& a, int tile_row, int r, int token, uint32_t first) {
+  __device__ void load(const LinearDecodeProduct& a, int tile_row, int r, int token) {
     const int row = tile_row * kQ4TileRows + r;
-    if (a.epilogue == Epilogue::kNone && a.residual_packets) {
-      const uint64_t* from = a.residual_packets + int64_t(token) * a.n;
-      const uint32_t number = first + uint32_t(a.residual_from);
-      if (row < a.n) low = wait_packet(from + row, number);
-      if (row + 8 < a.n) high = wait_packet(from + row + 8, number);
-    } else if (a.epilogue == Epilogue::kNone && a.residual) {
+    if (a.epilogue == Epilogue::kNone && a.residual) {
       const float* from = a.residual + int64_t(token) * a.n;
       if (row < a.n) low = __ldcg(from + row);
       if (row + 8 < a.n) high = __ldcg(from + row + 8);
@@ -34,61 +29,66 @@ struct DecodeOutput {
     }
   }
 
+  // For all lanes of a warp, with the same sums and token in the four lanes of an r where `single`; `mine`:
+  // this lane's are there, and its to store.
   __device__ void finish(const LinearDecodeProduct& a, int tile_row, int r, int token, float u, float v,
-                         uint32_t number) const {
-    const int row = tile_row * kQ4TileRows + r;
-    const auto put = [&](int64_t at, float value) {
-      a.y[at] = value;
-      if (a.y_packets) store_packet(a.y_packets + at, value, number);
+                         uint32_t number, bool mine) const {
+    const int row = tile_row * kQ4TileRows + r, lane = int(threadIdx.x) % 32;
+    // Value of row r of eight neighbours, from column `at` - r of `width` on.
+    const auto send = [&](int width, int at, float value, bool is) {
+      if (!a.y_packets) return;
+      store_packets<4>(a.y_packets + (token * width + at) / kPacketValues, value, number, lane, is);
     };
     if (a.epilogue == Epilogue::kNone) {
+      const bool first = mine && row < a.n, second = mine && row + 8 < a.n;
       const int64_t at = int64_t(token) * a.n + row;
-      if (row < a.n) put(at, u + low);
-      if (row + 8 < a.n) put(at + 8, v + high);
+      if (first) a.y[at] = u + low;
+      if (second) a.y[at + 8] = v + high;
+      send(a.n, row, u + low, first);
+      send(a.n, row + 8, v + high, second);
     } else if (a.epilogue == Epilogue::kSwiglu) {
       const int hidden = a.n / 2, i = tile_row * 8 + r;
       const float product = __fdividef(u, 1 + __expf(-u)) * v;
-      if (i < hidden) put(int64_t(token) * hidden + i, product);
+      const bool is = mine && i < hidden;
+      if (is) a.y[int64_t(token) * hidden + i] = product;
+      send(hidden, i, product, is);
     } else {
-      rotate_and_store(a, row, r, token, u, v, number);
+      const int q_rows = a.heads * a.head_dim, k_rows = a.kv_heads * a.head_dim;
+      int at = row, step = 8;  // rows of the file: at, at + step
+      float x = u, y = v;
+      if (row < q_rows + k_rows) {
+        step = a.head_dim / 2;
+        at = row / a.head_dim * a.head_dim + row % a.head_dim / 16 * 8 + r;
+        x = u * low - v * high;
+        y = u * high + v * low;
+      }
+      if (row >= q_rows)
+        store_row(a, at - q_rows, step, k_rows, mine, x, y);
+      else if (mine) {
+        a.y[int64_t(token) * q_rows + at] = x;
+        a.y[int64_t(token) * q_rows + at + step] = y;
+      }
+      send(a.n, at, x, mine);
+      send(a.n, at + step, y, mine);
     }
   }
 
  private:
-  __device__ void rotate_and_store(const LinearDecodeProduct& a, int row, int r, int token, float u, float v,
-                                   uint32_t number) const {
-    const int q_rows = a.heads * a.head_dim, k_rows = a.kv_heads * a.head_dim;
-    int first = row, step = 8;  // rows of the file: first, first + step
-    float x = u, y = v;
-    if (row < q_rows + k_rows) {
-      step = a.head_dim / 2;
-      first = row / a.head_dim * a.head_dim + row % a.head_dim / 16 * 8 + r;
-      x = u * low - v * high;
-      y = u * high + v * low;
-    }
-    const auto put = [&](float at_first, float at_second) {
-      if (!a.y_packets) return;
-      uint64_t* const to = a.y_packets + token * a.n + first;  // q, k and v of a token
-      store_packet(to, at_first, number);
-      store_packet(to + step, at_second, number);
-    };
-    if (row < q_rows) {
-      put(x, y);
-      a.y[int64_t(token) * q_rows + first] = x;
-      a.y[int64_t(token) * q_rows + first + step] = y;
-      return;
-    }
-    const bool is_k = row < q_rows + k_rows;
-    void* to = is_k ? a.kv.k : a.kv.v;
-    const int64_t at = cache * k_rows + first - q_rows - (is_k ? 0 : k_rows);
+  // Rows `at` and at + step of k and v to the cache; x, y: what is read there.
+  __device__ void store_row(const LinearDecodeProduct& a, int at, int step, int k_rows, bool mine, float& x,
+                            float& y) const {
+    const bool is_k = at < k_rows;
+    void* const to = is_k ? a.kv.k : a.kv.v;
+    const int64_t place = cache * k_rows + at - (is_k ? 0 : k_rows);
     if (a.kv.type == KvType::kF16) {
       const __half stored = __float2half_rn(x), second = __float2half_rn(y);
-      put(__half2float(stored), __half2float(second));
-      static_cast<__half*>(to)[at] = stored;
-      static_cast<__half*>(to)[at + step] = second;
-    } else {
-      static_cast<float*>(to)[at] = x;
-      static_cast<float*>(to)[at + step] = y;
+      x = __half2float(stored), y = __half2float(second);
+      if (!mine) return;
+      static_cast<__half*>(to)[place] = stored;
+      static_cast<__half*>(to)[place + step] = second;
+    } else if (mine) {
+      static_cast<float*>(to)[place] = x;
+      static_cast<float*>(to)[place + step] = y;
     }
   }
 };
@@ -133,7 +133,7 @@ __device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ri
 #pragma unroll
           for (int t = 0; t < kTokens / 4; ++t)
             if (mine + 4 * t < tokens && !(single && part))
-              output[t].load(a, rows.tile_row(row), r, mine + 4 * t, first);
+              output[t].load(a, rows.tile_row(row), r, mine + 4 * t);
         __syncwarp();
         mbarrier_wait(ring.sums_full(j), parity);
         parity ^= 1;
@@ -173,15 +173,19 @@ __device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ri
             low = (lows[0] + lows[1]) + (lows[2] + lows[3]);
             high = (highs[0] + highs[1]) + (highs[2] + highs[3]);
           }
-          if (token >= tokens || (single && part)) continue;
-          float* earlier = at.sums + (row * tokens + token) * kQ4TileRows + r;
-          if (phase > 0) low += earlier[0], high += earlier[8];
+          const bool is = token < tokens && !(single && part);
+          if (is && phase > 0) {
+            const float* earlier = at.sums + (row * tokens + token) * kQ4TileRows + r;
+            low += earlier[0], high += earlier[8];
+          }
           if (!last) {
-            earlier[0] = low, earlier[8] = high;
+            float* sums = at.sums + (row * tokens + token) * kQ4TileRows + r;
+            if (is) sums[0] = low, sums[8] = high;
             continue;
           }
-          const float scale = a.gain ? at.norm[token] : 1.0f;
-          output[t].finish(a, rows.tile_row(row), r, token, low * scale, high * scale, first + uint32_t(i));
+          const float scale = a.gain ? at.norm[min(token, tokens - 1)] : 1.0f;
+          output[t].finish(a, rows.tile_row(row), r, token, low * scale, high * scale, first + uint32_t(i),
+                           is);
         }
         mbarrier_arrive(ring.sums_empty(j));
       }

@@ -34,39 +34,30 @@ struct DecodeStaging {
     }
     return v;
   }
-  __device__ static float4 values(const float4& v) { return v; }
+  // As they would be out of packets.
+  __device__ static float4 values(const float4& v) {
+    return make_float4(packet_round(v.x), packet_round(v.y), packet_round(v.z), packet_round(v.w));
+  }
   __device__ static float4 nothing(const float*) { return make_float4(0, 0, 0, 0); }
   template <int kItems>
   __device__ void await(float4 (&)[kItems], const float*, int) const {}
 
   // The same of packets, which may not be there yet. Here K is a multiple of 4.
-  struct Packets {
-    ulonglong2 low, high;
-  };
-  __device__ Packets load(const uint64_t* row, int unit) const {
-    const int at = (first + unit) * kUnitColumns + 4 * lane;
-    return at < a.k ? Packets{load_packets(row + at), load_packets(row + at + 2)} : nothing(row);
+  __device__ Packet load(const Packet* row, int unit) const {
+    const int at = (first + unit) * (kUnitColumns / kPacketValues) + lane;
+    return at < a.k / kPacketValues ? load_packet(row + at) : nothing(row);
   }
-  __device__ static float4 values(const Packets& v) {
-    return make_float4(__uint_as_float(uint32_t(v.low.x)), __uint_as_float(uint32_t(v.low.y)),
-                       __uint_as_float(uint32_t(v.high.x)), __uint_as_float(uint32_t(v.high.y)));
-  }
-  __device__ Packets nothing(const uint64_t*) const {
-    const uint64_t none = uint64_t(number) << 32;
-    return {{none, none}, {none, none}};
-  }
-  __device__ bool there(const Packets& v) const {
-    return uint32_t(v.low.x >> 32) == number && uint32_t(v.low.y >> 32) == number &&
-           uint32_t(v.high.x >> 32) == number && uint32_t(v.high.y >> 32) == number;
-  }
+  __device__ static float4 values(const Packet& v) { return packet_values(v); }
+  __device__ Packet nothing(const Packet*) const { return {0, 0, 0, number}; }
+  __device__ bool there(const Packet& v) const { return v.w == number; }
   // Waits for the first of some units that follow each other for this warp, from `unit` of a token's row.
   // Each lane asks again for what it lacks, all of it at once.
   template <int kItems>
-  __device__ void await(Packets (&v)[kItems], const uint64_t* row, int unit) const {
+  __device__ void await(Packet (&v)[kItems], const Packet* row, int unit) const {
 #pragma unroll 1
     for (;;) {
       if (__all_sync(0xffffffffu, there(v[0]))) break;
-      const uint64_t* ask_row = row;
+      const Packet* ask_row = row;
       int ask = unit;
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
@@ -135,11 +126,13 @@ struct DecodeStaging {
     }
   }
 
+  __device__ int row_values(const float*) const { return a.k; }
+  __device__ int row_values(const Packet*) const { return a.k / kPacketValues; }
   // From one of this warp's units to the next, or to the next token's first.
   template <typename Value>
   __device__ void next(const Value*& row, int& unit) const {
     unit += kDecodeWarps;
-    if (unit >= units) unit = warp, row += a.k;
+    if (unit >= units) unit = warp, row += row_values(row);
   }
 
   // This warp's units of all tokens.
@@ -153,7 +146,7 @@ struct DecodeStaging {
   // would else wait for its instructions.
   template <bool kGain, typename Value>
   __device__ void run(const Value* x) const {
-    constexpr int kItems = kGain ? 2 : 3;
+    constexpr int kItems = kGain ? 3 : 4;
     const int items = warp < units ? (units - warp + kDecodeWarps - 1) / kDecodeWarps * tokens : 0;
     int ask = warp, asked = 0, unit = warp, t = 0;
     const Value *ask_row = x, *row = x;

@@ -59,7 +59,8 @@ class DecodeSums {
       x_[b] = held(x + token * stride + t * 16 + (Tile::kInteger ? g % 2 * 64 : 0));
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        meta_[b][i] = held(meta + min(kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i), tokens - 1) * (kMeta * 4));
+        meta_[b][i] =
+            held(meta + min(kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i), tokens - 1) * (kMeta * 4));
     }
     clear();
   }
@@ -124,8 +125,7 @@ class DecodeSums {
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
-        if (step % 2 == 0)
-          x[b] = load_shared_16(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 128);
+        if (step % 2 == 0) x[b] = load_shared_16(x_[b] + unit * (kUnitColumns * 2) + step / 2 * 128);
       uint32_t fragment[4];
       Tile::fragment(fragment, c.v[step * Tile::kLoads / 4], step);
 #pragma unroll
@@ -177,8 +177,7 @@ class DecodeSums {
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        const float scale =
-            __uint_as_float(load_shared_4(meta_[b][i] + unit * unit_meta_ + (kMeta - 1) * 4));
+        const float scale = __uint_as_float(load_shared_4(meta_[b][i] + unit * unit_meta_ + (kMeta - 1) * 4));
         sum_[b][i] += product[b][i] * scale;
         sum_[b][kOwn + i] += product[b][2 + i] * scale;
       }

@@ -36,12 +36,12 @@ int64_t y_columns(const LinearDecodeProduct& p) {
 
 constexpr size_t kCounterBytes = 4096;  // of the exchange: products done, before the packets
 
-// Who reads whose packets: x and residual of the products of a chain. What a product makes is read by the
+// Who reads whose packets: x of the products of a chain. What a product makes is read by the
 // next two, and no block writes to the place of those before it has all of theirs, so four places do, and one
 // for attention.
 void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& products, std::byte* exchange) {
-  uint64_t* packets = reinterpret_cast<uint64_t*>(exchange + kCounterBytes);
-  constexpr int64_t kPlace = kLinearDecodeChainTokens * kLinearDecodeChainColumns;
+  Packet* packets = reinterpret_cast<Packet*>(exchange + kCounterBytes);
+  constexpr int64_t kPlace = kLinearDecodeChainTokens * kLinearDecodeChainColumns / kPacketValues;
   const auto place = [&](size_t i) { return packets + int64_t(i % 4) * kPlace; };
   const auto maker = [&](const float* of, size_t before) {  // the last product that made it, or -1
     int i = int(before) - 1;
@@ -52,16 +52,18 @@ void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& pr
     LinearDecodeProduct& a = products[i];
     if (i + 1 < products.size()) a.y_packets = place(i);
     a.x_from = chain[i].attends ? int(i) : maker(chain[i].x, i);
-    a.residual_from = chain[i].residual ? maker(chain[i].residual, i) : -1;
-    if ((a.x_from >= 0 && int(i) - a.x_from > 2) || (a.residual_from >= 0 && int(i) - a.residual_from > 2))
+    if (a.x_from >= 0 && int(i) - a.x_from > 2)
       throw std::logic_error("a chain of products: one reads what is longer ago than two");
+    // The thread that adds it must be the one that made it: LinearDecodeRows of both agree.
+    const int from = chain[i].residual ? maker(chain[i].residual, i) : -1;
+    if (from >= 0 && ((int(i) - from) % 2 != 0 || products[size_t(from)].n != a.n))
+      throw std::logic_error("a chain of products: a residual not made two products before");
     a.attends = chain[i].attends;
     if (a.attends)
       a.x_packets = packets + 4 * kPlace;
     else if (a.x_from >= 0)
       a.x_packets = place(size_t(a.x_from));
     if (a.x_packets) a.x = nullptr;
-    if (a.residual_from >= 0) a.residual = nullptr, a.residual_packets = place(size_t(a.residual_from));
   }
 }
 

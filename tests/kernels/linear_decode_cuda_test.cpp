@@ -75,9 +75,9 @@ struct Weights {
   }
 };
 
-// fp16 weights: every x is rounded to fp16, |error| <= 2^-11 sum |w x|. Integer codes: every x is rounded to
-// a step of 1 / 32639 of the largest, |error| <= sum |w| * largest / 2 / 32639. Beside that f32 sums of far
-// smaller error and, with a norm, the factor's few ulps on each.
+// Every x is rounded to 16 significant bits, |error| <= 2^-17 sum |w x|. fp16 weights: then to fp16, |error|
+// <= 2^-11 sum |w x|. Integer codes: then to a step of 1 / 32639 of the largest, |error| <= sum |w| * largest
+// / 2 / 32639. Beside that f32 sums of far smaller error and, with a norm, the factor's few ulps on each.
 void check(const Case& c) {
   const Q4Layout& l = c.layout;
   CAPTURE(l.n);
@@ -113,7 +113,8 @@ void check(const Case& c) {
       }
       want[i * l.n + n] = sum + (c.residual ? residual[i * l.n + n] : 0);
       const double rounding = l.bits == 16 ? size * 0x1p-11 : weights * top / 2 / 32639;
-      bound[i * l.n + n] = rounding * (1 + 0x1p-16) + size * 0x1p-18 + 0x1p-22 * std::abs(want[i * l.n + n]);
+      bound[i * l.n + n] =
+          rounding * (1 + 0x1p-16) + size * (0x1p-17 + 0x1p-18) + 0x1p-22 * std::abs(want[i * l.n + n]);
     }
   }
 
