@@ -1,5 +1,6 @@
 // Launchers of linear_q4_gemm.h: activations to fp16 (with RMSNorm where asked), and the choice of the
 // kernel.
+#include "kernels/block_reduce.cuh"
 #include "kernels/linear_q4_gemm_epilogue.cuh"
 #include "kernels/linear_q4_gemm_mma.cuh"
 #include "kernels/linear_q4_gemm_sm90_loop.cuh"
@@ -9,33 +10,53 @@
 namespace q4s {
 namespace {
 
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 256, kHeld = 4;  // columns by fours of a thread that stay in registers
 
-// One block a row. The sum of squares is taken in an order that depends on K alone.
+// Four columns, zero from k on.
+__device__ float4 four(const float* x, int64_t i, int64_t k, bool aligned) {
+  if (aligned && i < k) return *reinterpret_cast<const float4*>(x + i);
+  const auto at = [&](int64_t j) { return j < k ? x[j] : 0.f; };
+  return make_float4(at(i), at(i + 1), at(i + 2), at(i + 3));
+}
+
+// One block a row. The sum of squares is taken in an order that depends on K alone. The gain, which no kernel
+// before this one writes, is there when x comes.
 __global__ void __launch_bounds__(kRowThreads)
     q4_gemm_activations_kernel(Q4GemmActivationsArgs a, int64_t pitch) {
+  __shared__ float shared[32];
   pdl_trigger();
-  pdl_wait();
   const float* x = a.x + int64_t(blockIdx.x) * a.k;
   __half* y = reinterpret_cast<__half*>(a.y) + int64_t(blockIdx.x) * pitch;
+  const bool aligned = a.k % 4 == 0;
+  const int64_t first = 4 * threadIdx.x;
+  constexpr int64_t kStep = 4 * kRowThreads;
+  float4 v[kHeld], gain[kHeld];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j)
+    gain[j] = a.gain ? four(a.gain, first + j * kStep, a.k, aligned) : make_float4(1, 1, 1, 1);
+  pdl_wait();
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) v[j] = four(x, first + j * kStep, a.k, aligned);
   float scale = 1.f;
   if (a.gain) {
-    __shared__ float sums[kRowThreads / 32];
+    const auto squares = [](const float4& u) { return (u.x * u.x + u.y * u.y) + (u.z * u.z + u.w * u.w); };
     float sum = 0;
-    for (int64_t i = threadIdx.x; i < a.k; i += kRowThreads) sum += x[i] * x[i];
-    for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int i = 0; i < kRowThreads / 32; ++i) sum += sums[i];
-    scale = 1.f / sqrtf(sum / float(a.k) + a.eps);
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) sum += squares(v[j]);
+    for (int64_t i = first + kHeld * kStep; i < a.k; i += kStep) sum += squares(four(x, i, a.k, aligned));
+    scale = 1.f / sqrtf(block_sum<kRowThreads>(sum, shared) / float(a.k) + a.eps);
+    if (a.guess && threadIdx.x == 0) a.guess[blockIdx.x] = scale * kQ4GemmHeadroom;
   }
-  for (int64_t i = 2 * threadIdx.x; i < pitch; i += 2 * kRowThreads) {
-    float v[2] = {};
-    for (int e = 0; e < 2; ++e)
-      if (i + e < a.k) v[e] = a.gain ? a.gain[i + e] * (x[i + e] * scale) : x[i + e];
-    *reinterpret_cast<__half2*>(y + i) = __halves2half2(saturated_half(v[0]), saturated_half(v[1]));
-  }
+  const auto store = [&](int64_t i, const float4& u, const float4& w) {
+    if (i >= pitch) return;
+    __half2* const to = reinterpret_cast<__half2*>(y + i);
+    to[0] = __halves2half2(saturated_half(w.x * (u.x * scale)), saturated_half(w.y * (u.y * scale)));
+    to[1] = __halves2half2(saturated_half(w.z * (u.z * scale)), saturated_half(w.w * (u.w * scale)));
+  };
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) store(first + j * kStep, v[j], gain[j]);
+  for (int64_t i = first + kHeld * kStep; i < pitch; i += kStep)
+    store(i, four(x, i, a.k, aligned), a.gain ? four(a.gain, i, a.k, aligned) : make_float4(1, 1, 1, 1));
 }
 
 }  // namespace
@@ -67,6 +88,12 @@ Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tile
 }
 
 void q4_gemm_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  if (a.makes || a.reads) {
+    const bool few = c.kernel == Q4GemmKernel::kFew && a.tokens <= kQ4GemmFewTokens;
+    if (!few || (a.makes && (a.output != Q4GemmOutput::kStore || a.y_half || a.w.n % kQ4TileCols)) ||
+        (a.reads && a.w.k % kQ4TileCols))
+      throw std::logic_error("q4_gemm: no handover between such products");
+  }
   switch (c.kernel) {
     case Q4GemmKernel::kStream: return q4_gemm_stream_cuda(a, c, stream);
     case Q4GemmKernel::kSplit: return q4_gemm_split_cuda(a, c, stream);

@@ -79,6 +79,7 @@ struct Q4GemmActivationsArgs {
   int64_t tokens, k;
   float eps;
   bool pdl = false;
+  float* guess = nullptr;  // (T) of Q4GemmHandover, with `gain`
 };
 void q4_gemm_activations_cuda(const Q4GemmActivationsArgs&, cudaStream_t);
 
@@ -87,6 +88,25 @@ enum class Q4GemmOutput : uint8_t {
   kSwiglu,  // y (T, N/2) = silu(gate) * up                                            rows kPairHalves
   kRopeKv,  // y (T, H*head_dim) = rotated q; k rotated and v appended to the cache     rows kRope
 };
+
+// Between a product that makes the residual stream (T, D) and one that normalises it, in place of a kernel:
+// the norm's factor of a token can as well be applied to the sums. The maker stores y * gain * guess in fp16,
+// and sums of squares of y; the reader finds the factor from these, and corrects what `guess` was. kFew only,
+// up to kQ4GemmFewTokens tokens, D a multiple of kQ4TileCols.
+//
+// guess: the factor of the token before the maker added to the stream, times kQ4GemmHeadroom. With G the largest
+// gain, no value leaves the range of fp16 while the stream's root mean square grows by less than
+// 2^20 / (G sqrt(D)), 16384 times for G = 1 and D = 4096: then it is clamped. Values lose bits below 2^-10 /
+// gain of the old mean square's root, where they err by 2^-21 of it.
+struct Q4GemmHandover {
+  const float* gain;  // (D), 8-aligned
+  float eps;
+  uint16_t* x;         // (T, D) fp16, 16-aligned
+  float* squares;      // (D / 16, kQ4GemmFewTokens), 8-aligned
+  const float* guess;  // (kQ4GemmFewTokens) that x is made with
+  float* next_guess;   // (kQ4GemmFewTokens) written by the reader: for the next maker; not guess
+};
+constexpr float kQ4GemmHeadroom = 1.f / 16;
 
 struct Q4GemmArgs {
   const uint16_t* x;  // (T, pitch(K)) fp16, 16-aligned
@@ -107,6 +127,8 @@ struct Q4GemmArgs {
   std::byte* workspace;  // config.workspace_bytes, 256-aligned; zeroed when allocated, and left so that it
                          // serves any later product without clearing
   bool pdl = false;      // launched as a programmatic dependent of the kernel before it
+  const Q4GemmHandover* makes = nullptr;  // kStore in f32: besides y
+  const Q4GemmHandover* reads = nullptr;  // its x is this one's
 };
 void q4_gemm_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
 

@@ -18,6 +18,7 @@ constexpr int kThreads = (kSinkWarp + kSinkWarps) * 32;
 
 struct Params {
   Q4GemmSink sink;
+  Q4FewHandover handover;
   Q4Operands operands;
   Q4FewLayout layout;
   int units, tiles, columns, clusters;
@@ -126,12 +127,14 @@ __device__ void multiply(const Q4FewShared& sh, const Params& p, const Work& wor
 }
 
 // The sums that this block adds, to their place: 16 rows x 8 tokens a warp at a time, always the same tokens.
+template <Q4GemmOutput kOutput>
 __device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& work) {
   constexpr int kPieces = kQ4FewBand / kSinkWarps / 2, kBatch = kPieces * kSinkWarps;
   const int warp = int(threadIdx.x) / 32 - kSinkWarp, lane = int(threadIdx.x) % 32;
   uint32_t parity = 0;
   for (int column = 0; column < work.columns; ++column) {
-    Q4FewSink<kPieces> sink(p.sink, lane, column * kQ4FewTokens + work.rank * 8);
+    Q4FewSink<kOutput, kPieces> sink(p.sink, p.handover, lane, column * kQ4FewTokens + work.rank * 8,
+                                     warp == 0 && blockIdx.x < kQ4FewParts);
     for (int b = 0; b < work.bands; ++b, parity ^= 1) {
       const int first = work.band(b), tiles = work.tiles(b), parts = kQ4FewParts * q4_few_ways(tiles);
       if (warp == 0 && lane == 0) barrier_arrive_expect(sh.full_sums, parts * tiles * 512);
@@ -140,7 +143,7 @@ __device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& wo
           const int row = batch + warp + i * kSinkWarps;
           return row < tiles ? first + row : -1;
         };
-        sink.fetch(p.sink, tile);
+        sink.fetch(p.sink, p.handover, tile);
         barrier_wait(sh.full_sums, parity);
         float4 sum[kPieces];
 #pragma unroll
@@ -157,7 +160,7 @@ __device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& wo
           __syncwarp();
           if (lane < kQ4FewParts) barrier_arrive_remote(sh.empty_sums, lane);
         }
-        sink.finish(p.sink, tile, sum);
+        sink.finish(p.sink, p.handover, tile, sum);
       }
     }
   }
@@ -165,6 +168,7 @@ __device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& wo
 
 #endif  // Q4S_SM90A
 
+template <Q4GemmOutput kOutput>
 __global__ void __launch_bounds__(kThreads, 2)
     q4_gemm_few_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
 #if Q4S_SM90A
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   } else if (warp >= kSinkWarp) {
     cluster_wait();
     pdl_wait();
-    take_away(sh, p, work);
+    take_away<kOutput>(sh, p, work);
   } else {
     if (threadIdx.x == kWeightWarp * 32) {
       tma_prefetch_map(&maps.w), tma_prefetch_map(&maps.s);
@@ -205,13 +209,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 void q4_gemm_few_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   Params p = {};
   p.sink = q4_gemm_sink(a);
+  p.handover = q4_few_handover(a);
   p.units = c.k_blocks, p.tiles = c.row_blocks, p.columns = c.column_blocks, p.clusters = c.clusters;
   const int most = int(ceil_div(p.tiles, p.clusters));  // tiles of a cluster
   q4_gemm_maps(a, kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
   p.layout = q4_few_layout(most, p.operands.box_groups);
   const Q4Maps maps = q4_gemm_maps(a, p.layout.band * kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
   p.scale_sums = !p.operands.half_grid && p.operands.fine == 0;
-  launch("q4_gemm_few", q4_gemm_few_kernel, dim3(unsigned(c.clusters * kQ4FewParts)), kThreads,
+  const auto kernel = a.output == Q4GemmOutput::kStore    ? q4_gemm_few_kernel<Q4GemmOutput::kStore>
+                      : a.output == Q4GemmOutput::kSwiglu ? q4_gemm_few_kernel<Q4GemmOutput::kSwiglu>
+                                                          : q4_gemm_few_kernel<Q4GemmOutput::kRopeKv>;
+  launch("q4_gemm_few", kernel, dim3(unsigned(c.clusters * kQ4FewParts)), kThreads,
          size_t(p.layout.bytes), kQ4FewParts, a.pdl, stream, maps, p);
 }
 

@@ -5,43 +5,63 @@
 
 namespace q4s {
 
+// Q4GemmHandover of a product, null pointers where it has none.
+struct Q4FewHandover {
+  const float *gain, *guess;  // as a maker
+  __half* x;
+  float* squares;
+  const float *read_squares, *read_guess;  // as a reader
+  float* next_guess;
+  int read_tiles;
+  float inverse_k, eps;
+};
+inline Q4FewHandover q4_few_handover(const Q4GemmArgs& a) {
+  Q4FewHandover h = {};
+  if (const Q4GemmHandover* m = a.makes)
+    h.gain = m->gain, h.guess = m->guess, h.x = reinterpret_cast<__half*>(m->x), h.squares = m->squares;
+  if (const Q4GemmHandover* r = a.reads)
+    h.read_squares = r->squares, h.read_guess = r->guess, h.next_guess = r->next_guess,
+    h.read_tiles = int(a.w.k / kQ4TileRows), h.inverse_k = 1.f / float(a.w.k), h.eps = r->eps;
+  return h;
+}
+
 // kPieces tiles of 16 rows, always of the same 8 tokens. A lane (g = lane / 4, t = lane % 4) holds (row g,
 // token 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
-template <int kPieces>
+template <Q4GemmOutput kOutput, int kPieces>
 class Q4FewSink {
+  static constexpr bool kStore = kOutput == Q4GemmOutput::kStore, kRope = kOutput == Q4GemmOutput::kRopeKv;
+
  public:
-  __device__ Q4FewSink(const Q4GemmSink& s, int lane, int token0)
+  // writes: one warp of all of these tokens does what is done once.
+  __device__ Q4FewSink(const Q4GemmSink& s, const Q4FewHandover& h, int lane, int token0, bool writes)
       : g_(lane / 4), token_(token0 + lane % 4 * 2) {
-    if (s.output != Q4GemmOutput::kRopeKv) return;
+    if constexpr (kRope)
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (token_ + e >= s.tokens) continue;
-      position_[e] = s.position[token_ + e];
-      cache_[e] = (s.sequence[token_ + e] * s.ctx + position_[e]) * (s.kv_heads * s.head_dim);
+      for (int e = 0; e < 2; ++e) {
+        if (token_ + e >= s.tokens) continue;
+        position_[e] = s.position[token_ + e];
+        cache_[e] = (s.sequence[token_ + e] * s.ctx + position_[e]) * (s.kv_heads * s.head_dim);
+      }
+    if (h.read_squares) find_factor(h, writes);
+    if (kStore && h.gain) {
+      const float2 guess = __ldcg(reinterpret_cast<const float2*>(h.guess + token_));
+      factor_[0] = guess.x, factor_[1] = guess.y;
     }
   }
   // tile(i) -> the i-th tile of rows, < 0: none
   template <class At>
-  __device__ void fetch(const Q4GemmSink& s, const At& tile) {
-    if (s.output == Q4GemmOutput::kSwiglu || (s.output == Q4GemmOutput::kStore && !s.residual)) return;
+  __device__ void fetch(const Q4GemmSink& s, const Q4FewHandover& h, const At& tile) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < (kStore || kRope ? kPieces : 0); ++i) {
       const int first = tile(i) * kQ4TileRows, row = first + g_;
       if (tile(i) < 0 || row >= s.n) continue;
-      int pair = 0;  // of a rotation
-      if (s.output == Q4GemmOutput::kRopeKv) {
-        to_[i] = Place{kValue, first - s.rotated + g_};
-        if (first < s.rotated) {
-          const int head = first / s.head_dim;
-          pair = (first - head * s.head_dim) / 2 + g_;
-          to_[i] = head < s.heads ? Place{kQuery, head * s.head_dim + pair}
-                                  : Place{kKey, (head - s.heads) * s.head_dim + pair};
-        }
-      }
+      const int pair = kRope ? first % s.head_dim / 2 + g_ : 0;  // of a rotation
+      if (kStore && h.gain) gain_[i][0] = h.gain[row], gain_[i][1] = h.gain[row + 8];
+      if (kStore && !s.residual) continue;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (token_ + e >= s.tokens) continue;
-        if (s.output == Q4GemmOutput::kStore) {
+        if constexpr (kStore) {
           const float* from = s.residual + int64_t(token_ + e) * s.n + row;
           ahead_[i][e] = from[0];
           if (row + 8 < s.n) ahead_[i][2 + e] = from[8];
@@ -53,29 +73,42 @@ class Q4FewSink {
       }
     }
   }
+  // By all lanes.
   template <class At>
-  __device__ void finish(const Q4GemmSink& s, const At& tile, const float4 (&sum)[kPieces]) const {
+  __device__ void finish(const Q4GemmSink& s, const Q4FewHandover& h, const At& tile,
+                         const float4 (&sum)[kPieces]) const {
+    const bool corrects = h.read_squares;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       if (tile(i) < 0) continue;
       const int row = tile(i) * kQ4TileRows + g_;
-      const float low[2] = {sum[i].x, sum[i].y}, high[2] = {sum[i].z, sum[i].w};
+      float low[2] = {sum[i].x, sum[i].y}, high[2] = {sum[i].z, sum[i].w}, squares[2] = {};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int token = token_ + e;
         if (token >= s.tokens) continue;
-        if (s.output == Q4GemmOutput::kStore) {
+        if (corrects) low[e] *= factor_[e], high[e] *= factor_[e];
+        if constexpr (kStore) {
           const int64_t to = token * s.y_pitch + row;
-          if (row < s.n) sink_store(s.y, s.y_half, to, s.residual ? low[e] + ahead_[i][e] : low[e]);
-          if (row + 8 < s.n)
-            sink_store(s.y, s.y_half, to + 8, s.residual ? high[e] + ahead_[i][2 + e] : high[e]);
-        } else if (s.output == Q4GemmOutput::kSwiglu) {
+          if (s.residual) low[e] += ahead_[i][e], high[e] += ahead_[i][2 + e];
+          if (row < s.n) sink_store(s.y, s.y_half, to, low[e]);
+          if (row + 8 < s.n) sink_store(s.y, s.y_half, to + 8, high[e]);
+          if (h.gain) {
+            __half* const x = h.x + int64_t(token) * s.n + row;
+            x[0] = saturated_half(low[e] * (gain_[i][0] * factor_[e]));
+            x[8] = saturated_half(high[e] * (gain_[i][1] * factor_[e]));
+            squares[e] = low[e] * low[e] + high[e] * high[e];
+          }
+        } else if constexpr (!kRope) {
           const int column = tile(i) * 8 + g_;
           if (column < s.n / 2) sink_store(s.y, s.y_half, token * s.y_pitch + column, silu(low[e]) * high[e]);
         } else if (row < s.n) {
           const float cosine = ahead_[i][2 * e], sine = ahead_[i][2 * e + 1];
-          const bool value = to_[i].where == kValue, query = to_[i].where == kQuery;
-          const int64_t to = (query ? token * s.y_pitch : cache_[e]) + to_[i].at;
+          const int first = row - g_, head = first / s.head_dim;
+          const bool value = first >= s.rotated, query = head < s.heads;
+          const int at = value ? row - s.rotated
+                               : first - first % s.head_dim / 2 + g_ - (query ? 0 : s.heads * s.head_dim);
+          const int64_t to = (query ? token * s.y_pitch : cache_[e]) + at;
           void* const p = query ? s.y : value ? s.v : s.k;
           const bool half = query ? s.y_half : s.kv_half;
           sink_store(p, half, to, value ? low[e] : low[e] * cosine - high[e] * sine);
@@ -83,19 +116,51 @@ class Q4FewSink {
                      value ? high[e] : low[e] * sine + high[e] * cosine);
         }
       }
+      if (kStore && h.gain) {
+        add_rows(squares);
+        if (g_ == 0)
+          *reinterpret_cast<float2*>(h.squares + tile(i) * kQ4GemmFewTokens + token_) =
+              make_float2(squares[0], squares[1]);
+      }
     }
   }
 
  private:
-  enum Where { kQuery, kKey, kValue };
-  struct Place {
-    Where where;
-    int at;  // of row g, from where the token's are
-  };
+  // Sums over g, the same in all lanes of a token.
+  __device__ static void add_rows(float (&v)[2]) {
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) v[e] += __shfl_xor_sync(0xffffffffu, v[e], offset);
+  }
+  // What the sums of the lane's tokens are to be multiplied by.
+  __device__ void find_factor(const Q4FewHandover& h, bool writes) {
+    float sum[2] = {};
+    const float2* const from = reinterpret_cast<const float2*>(h.read_squares + token_);
+#pragma unroll 4
+    for (int tile = g_; tile < h.read_tiles; tile += 8) {
+      const float2 v = __ldcg(from + tile * (kQ4GemmFewTokens / 2));
+      sum[0] += v.x, sum[1] += v.y;
+    }
+    add_rows(sum);
+    const float2 guess = __ldcg(reinterpret_cast<const float2*>(h.read_guess + token_));
+    float next[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      // A stream that is not finite stays so, though its fp16 values are clamped.
+      const float mean = sum[e] * h.inverse_k, factor = mean < INFINITY ? 1.f / sqrtf(mean + h.eps) : NAN;
+      next[e] = factor * kQ4GemmHeadroom;
+      factor_[e] = factor / (e ? guess.y : guess.x);
+    }
+    if (writes && g_ == 0)
+      *reinterpret_cast<float2*>(h.next_guess + token_) = make_float2(next[0], next[1]);
+  }
+
   int g_, token_, position_[2] = {};
   int64_t cache_[2] = {};
+  float factor_[2] = {};    // of a reader: to correct its sums; of a maker: the guess
+  float gain_[kPieces][2];  // of a maker
   float ahead_[kPieces][4];
-  Place to_[kPieces];
 };
 
 }  // namespace q4s

@@ -228,7 +228,7 @@ class CudaBackend final : public Backend {
 
   CudaStep step_of(Counts counts, const KvCache& kv, std::byte* scratch) {
     return {counts, kv, scratch, stream_.get(), dense_, device_.multiProcessorCount, device_.major == 9,
-            chain_};
+            chain_,  stream_handover_};
   }
   size_t node_scratch(const Graph& g) const { return node_scratch_cuda(g, device_.multiProcessorCount); }
 
@@ -336,6 +336,7 @@ class CudaBackend final : public Backend {
   CudaLoader loader_;
   DenseCuda dense_;
   DecodeChain chain_;  // of the step being launched
+  StreamHandover stream_handover_;
   std::map<StepKey, Captured> steps_;
   Pinned<int32_t> ring_;  // (kAhead, ring_rows_) tokens drawn
   int64_t ring_rows_ = 0;

@@ -23,8 +23,29 @@ size_t split_bytes(int multiprocessors) {
   return std::max(4096 + size_t(multiprocessors) * 128 * 256 * sizeof(float),
                   size_t(aligned(int64_t(attention_decode_scratch_bytes(multiprocessors)))));
 }
-// Behind them what chains exchange.
-size_t workspace_bytes(int multiprocessors) { return split_bytes(multiprocessors) + kLinearDecodeExchange; }
+// Behind them what chains exchange, and the stream's handover.
+constexpr int64_t kHandoverColumns = 16384;  // most of a stream that has one
+constexpr size_t kHandoverX = kQ4GemmFewTokens * kHandoverColumns * sizeof(uint16_t);
+constexpr size_t kHandoverSquares = kHandoverColumns / kQ4TileRows * kQ4GemmFewTokens * sizeof(float);
+constexpr size_t kHandoverGuess = kQ4GemmFewTokens * sizeof(float);  // of two
+size_t handover_at(int multiprocessors) {
+  return split_bytes(multiprocessors) + size_t(aligned(int64_t(kLinearDecodeExchange)));
+}
+size_t workspace_bytes(int multiprocessors) {
+  return handover_at(multiprocessors) + aligned(int64_t(kHandoverX + kHandoverSquares + 2 * kHandoverGuess));
+}
+
+Q4GemmHandover handover(const Tensor& reader, const CudaStep& s) {
+  std::byte* const at = s.scratch + handover_at(s.multiprocessors);
+  std::byte* const guesses = at + kHandoverX + kHandoverSquares;
+  const auto guess = [&](int i) { return reinterpret_cast<float*>(guesses + size_t(i) * kHandoverGuess); };
+  return {reinterpret_cast<const float*>(on_device(*reader.gain).view.data),
+          reader.eps,
+          reinterpret_cast<uint16_t*>(at),
+          reinterpret_cast<float*>(at + kHandoverX),
+          guess(s.stream_handover.guess),
+          guess(s.stream_handover.guess ^ 1)};
+}
 
 // Whether the rows of w are packed as a kernel with this epilogue needs them.
 bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
@@ -159,24 +180,59 @@ bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float
   return true;
 }
 
+Q4GemmConfig gemm_config(const DeviceMatrix& w, int64_t rows, const CudaStep& s) {
+  return q4_gemm_config({rows, w.tiles.layout, s.multiprocessors, s.hopper});
+}
+
+// Whether t, a product added to a stream, is to leave what the product that normalises it next needs.
+bool hands_over(const Tensor& t, const Q4GemmConfig& config, const CudaStep& s) {
+  const Tensor* const reader = t.norm_reader;
+  const int64_t rows = s.counts.of(t.rows);
+  if (config.kernel != Q4GemmKernel::kFew || rows > kQ4GemmFewTokens || t.epilogue != Epilogue::kNone ||
+      !t.src[1] || t.src[1] != s.stream_handover.normalised || t.cols % kQ4TileCols ||
+      t.cols > kHandoverColumns || !reader || reader->rows != t.rows)
+    return false;
+  const DeviceMatrix& w = on_device(*reader->weight);
+  return many(w, reader->epilogue, rows) && gemm_config(w, rows, s).kernel == Q4GemmKernel::kFew;
+}
+
 // The same for many tokens.
 bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
   const DeviceMatrix& w = on_device(*t.weight);
   const int64_t rows = s.counts.of(t.rows);
   if (!many(w, epilogue, rows)) return false;
   run_chain_cuda(s);
-  const Q4GemmConfig config = q4_gemm_config({rows, w.tiles.layout, s.multiprocessors, s.hopper});
+  const Q4GemmConfig config = gemm_config(w, rows, s);
   if (config.workspace_bytes > split_bytes(s.multiprocessors))
     throw std::logic_error("workspace of a product: " + config.print());
   const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
-  uint16_t* x = reinterpret_cast<uint16_t*>(s.scratch + at.rest);
-  if (stored_half(*t.src[0], s))
-    x = reinterpret_cast<uint16_t*>(t.src[0]->data);
-  else
-    q4_gemm_activations_cuda(
-        {t.src[0]->f32(), t.gain ? vector_of(*t.gain) : nullptr, x, rows, w.view.k, t.eps, true}, s.stream);
+  StreamHandover& stream = s.stream_handover;
+  Q4GemmHandover reads, makes;
   Q4GemmArgs a{};
-  a.x = x;
+  if (t.gain && stream.made == t.src[0]) {
+    reads = handover(t, s);
+    a.reads = &reads, a.x = reads.x;
+    stream = {t.src[0], nullptr, stream.guess ^ 1};
+  } else if (stored_half(*t.src[0], s)) {
+    a.x = reinterpret_cast<const uint16_t*>(t.src[0]->data);
+  } else {
+    uint16_t* const x = reinterpret_cast<uint16_t*>(s.scratch + at.rest);
+    Q4GemmActivationsArgs activations{
+        t.src[0]->f32(), t.gain ? vector_of(*t.gain) : nullptr, x, rows, w.view.k, t.eps, true};
+    if (t.gain && rows <= kQ4GemmFewTokens) {
+      activations.guess = handover(t, s).next_guess;
+      stream = {t.src[0], nullptr, stream.guess ^ 1};
+    }
+    q4_gemm_activations_cuda(activations, s.stream);
+    a.x = x;
+  }
+  if (hands_over(t, config, s)) {
+    makes = handover(*t.norm_reader, s);
+    a.makes = &makes;
+    stream.made = &t;
+  } else if (stream.made == &t) {
+    stream.made = nullptr;
+  }
   a.w = w.tiles.layout;
   a.grid = w.tiles.grid;
   a.codes = w.tiles.codes;
@@ -207,6 +263,7 @@ void run_linear(Tensor& t, const CudaStep& s) {
   const int64_t rows = s.counts.of(t.rows);
   if (rows == 0) return;
   const float* residual = t.epilogue != Epilogue::kRopeKv && t.src[1] ? t.src[1]->f32() : nullptr;
+  if (t.gain) s.stream_handover.normalised = nullptr;
   if (linear_few(t, t.epilogue, residual, t.f32(), s) || linear_many(t, t.epilogue, residual, t.f32(), s))
     return;
 

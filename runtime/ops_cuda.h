@@ -16,6 +16,14 @@ struct DecodeChain {
   Tensor* attention = nullptr;
 };
 
+// The residual stream in a form that spares a kernel for its norm (Q4GemmHandover), between the product that
+// makes it and the one that normalises it.
+struct StreamHandover {
+  const Tensor* normalised = nullptr;  // whose norm was found last, in the guesses' place `guess`
+  const Tensor* made = nullptr;        // what the handover is of
+  int guess = 0;
+};
+
 struct CudaStep {
   Counts counts;
   const KvCache& kv;
@@ -25,6 +33,7 @@ struct CudaStep {
   int multiprocessors;
   bool hopper;
   DecodeChain& chain;
+  StreamHandover& stream_handover;
   bool observed = false;  // someone reads results between nodes: they are all f32
 };
 

@@ -75,7 +75,8 @@ class Step {
                         dense_,
                         multiprocessors_,
                         hopper_,
-                        chain_};
+                        chain_,
+                        stream_handover_};
     for (const auto& n : graph_.nodes()) {
       const unsigned part = n->op == Op::kAttention ? kAttention
                             : n.get() == logits_    ? kHead
@@ -101,6 +102,7 @@ class Step {
   KvCache kv_;
   DenseCuda dense_;
   DecodeChain chain_;
+  StreamHandover stream_handover_;
   int multiprocessors_ = 0;
   bool hopper_ = false;
   DeviceBuffer<SampleState> state_;
