@@ -1,6 +1,6 @@
 // The Hopper kernel of linear_q4_gemm.h for up to 16 tokens, where reading the weights takes the time. One
 // block a multiprocessor, small enough that the next product's stands beside it and has its first weights
-// when the activations come. Each cluster of two owns a run of 16-row tiles, each of its blocks half of K.
+// when the activations come; Q4FewHalf sees to it that two of one product never do. Each cluster of two owns a run of 16-row tiles, each of its blocks half of K.
 // Twelve warps multiply by mma.sync, which waits for no other warp: each takes a tile of rows, and every
 // second or third unit of K where there are few tiles. Codes enter the tensor core as the integers they are,
 // and the sums of a group are scaled. Parts of a sum are pushed to the block that adds them, in a fixed
@@ -13,8 +13,7 @@ namespace q4s {
 namespace {
 
 // Warps: those that multiply, one that asks for weights, one for activations, those that take sums away.
-constexpr int kMultiply = kQ4FewMultiply, kSinkWarp = kMultiply + 2, kSinkWarps = 2;
-constexpr int kThreads = (kSinkWarp + kSinkWarps) * 32;
+constexpr int kMultiply = kQ4FewMultiply, kSinkWarp = kMultiply + 2;
 
 struct Params {
   Q4GemmSink sink;
@@ -129,39 +128,33 @@ __device__ void multiply(const Q4FewShared& sh, const Params& p, const Work& wor
 // The sums that this block adds, to their place: 16 rows x 8 tokens a warp at a time, always the same tokens.
 template <Q4GemmOutput kOutput>
 __device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& work) {
-  constexpr int kPieces = kQ4FewBand / kSinkWarps / 2, kBatch = kPieces * kSinkWarps;
+  constexpr int kSinkWarps = Q4FewHalf<kOutput>::kSinkWarps;
   const int warp = int(threadIdx.x) / 32 - kSinkWarp, lane = int(threadIdx.x) % 32;
   uint32_t parity = 0;
+#pragma unroll 1
   for (int column = 0; column < work.columns; ++column) {
-    Q4FewSink<kOutput, kPieces> sink(p.sink, p.handover, lane, column * kQ4FewTokens + work.rank * 8,
-                                     warp == 0 && blockIdx.x < kQ4FewParts);
+    const Q4FewSink<kOutput> sink(p.sink, p.handover, lane, column * kQ4FewTokens + work.rank * 8,
+                                  warp == 0 && blockIdx.x < kQ4FewParts);
+#pragma unroll 1
     for (int b = 0; b < work.bands; ++b, parity ^= 1) {
       const int first = work.band(b), tiles = work.tiles(b), parts = kQ4FewParts * q4_few_ways(tiles);
       if (warp == 0 && lane == 0) barrier_arrive_expect(sh.full_sums, parts * tiles * 512);
-      for (int batch = 0; batch < tiles; batch += kBatch) {
-        const auto tile = [&](int i) {
-          const int row = batch + warp + i * kSinkWarps;
-          return row < tiles ? first + row : -1;
-        };
-        sink.fetch(p.sink, p.handover, tile);
-        barrier_wait(sh.full_sums, parity);
-        float4 sum[kPieces];
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          sum[i] = make_float4(0, 0, 0, 0);
-          if (tile(i) < 0) continue;
-          for (int part = 0; part < parts; ++part) {
-            const uint4 v = load_shared(sh.sums + (part * tiles + tile(i) - first) * 512 + lane * 16);
-            sum[i].x += __uint_as_float(v.x), sum[i].y += __uint_as_float(v.y);
-            sum[i].z += __uint_as_float(v.z), sum[i].w += __uint_as_float(v.w);
-          }
+      auto next = sink.fetch(p.sink, p.handover, first + min(warp, tiles - 1));
+      barrier_wait(sh.full_sums, parity);
+#pragma unroll 1
+      for (int row = warp; row < tiles; row += kSinkWarps) {
+        const auto ahead = next;
+        if (row + kSinkWarps < tiles) next = sink.fetch(p.sink, p.handover, first + row + kSinkWarps);
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int part = 0; part < parts; ++part) {
+          const uint4 v = load_shared(sh.sums + (part * tiles + row) * 512 + lane * 16);
+          sum.x += __uint_as_float(v.x), sum.y += __uint_as_float(v.y);
+          sum.z += __uint_as_float(v.z), sum.w += __uint_as_float(v.w);
         }
-        if (batch + kBatch >= tiles) {
-          __syncwarp();
-          if (lane < kQ4FewParts) barrier_arrive_remote(sh.empty_sums, lane);
-        }
-        sink.finish(p.sink, p.handover, tile, sum);
+        sink.finish(p.sink, p.handover, first + row, ahead, sum);
       }
+      __syncwarp();
+      if (lane < kQ4FewParts) barrier_arrive_remote(sh.empty_sums, lane);
     }
   }
 }
@@ -169,13 +162,13 @@ __device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& wo
 #endif  // Q4S_SM90A
 
 template <Q4GemmOutput kOutput>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __maxnreg__(kQ4FewRegisters)
     q4_gemm_few_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
 #if Q4S_SM90A
   extern __shared__ __align__(1024) uint8_t raw[];
   pdl_trigger();
   const Q4FewShared sh(p.layout, raw);
-  if (threadIdx.x < 32) sh.init(int(threadIdx.x), kQ4FewParts * kSinkWarps);
+  if (threadIdx.x < 32) sh.init(int(threadIdx.x), kQ4FewParts * Q4FewHalf<kOutput>::kSinkWarps);
   __syncthreads();
   cluster_arrive_relaxed();
   const Work work(p);
@@ -204,23 +197,30 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-}  // namespace
-
-void q4_gemm_few_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+template <Q4GemmOutput kOutput>
+void run(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  using Half = Q4FewHalf<kOutput>;
   Params p = {};
   p.sink = q4_gemm_sink(a);
   p.handover = q4_few_handover(a);
   p.units = c.k_blocks, p.tiles = c.row_blocks, p.columns = c.column_blocks, p.clusters = c.clusters;
   const int most = int(ceil_div(p.tiles, p.clusters));  // tiles of a cluster
   q4_gemm_maps(a, kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
-  p.layout = q4_few_layout(most, p.operands.box_groups);
+  p.layout = q4_few_layout(most, p.operands.box_groups, Half::kSharedBytes);
   const Q4Maps maps = q4_gemm_maps(a, p.layout.band * kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
   p.scale_sums = !p.operands.half_grid && p.operands.fine == 0;
-  const auto kernel = a.output == Q4GemmOutput::kStore    ? q4_gemm_few_kernel<Q4GemmOutput::kStore>
-                      : a.output == Q4GemmOutput::kSwiglu ? q4_gemm_few_kernel<Q4GemmOutput::kSwiglu>
-                                                          : q4_gemm_few_kernel<Q4GemmOutput::kRopeKv>;
-  launch("q4_gemm_few", kernel, dim3(unsigned(c.clusters * kQ4FewParts)), kThreads,
-         size_t(p.layout.bytes), kQ4FewParts, a.pdl, stream, maps, p);
+  launch("q4_gemm_few", q4_gemm_few_kernel<kOutput>, dim3(unsigned(c.clusters * kQ4FewParts)),
+         (kSinkWarp + Half::kSinkWarps) * 32, size_t(Half::kSharedBytes), kQ4FewParts, a.pdl, stream, maps, p);
+}
+
+}  // namespace
+
+void q4_gemm_few_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  switch (a.output) {
+    case Q4GemmOutput::kStore: return run<Q4GemmOutput::kStore>(a, c, stream);
+    case Q4GemmOutput::kSwiglu: return run<Q4GemmOutput::kSwiglu>(a, c, stream);
+    case Q4GemmOutput::kRopeKv: return run<Q4GemmOutput::kRopeKv>(a, c, stream);
+  }
 }
 
 }  // namespace q4s

@@ -20,26 +20,42 @@ Q4S_HOST_DEVICE constexpr int q4_few_ways(int tiles) {
   return tiles > kQ4FewMultiply / 2 ? 1 : tiles > kQ4FewMultiply / 3 ? 2 : 3;
 }
 
+// What a block takes of a multiprocessor. Of the two halves of a layer's products, which follow each other in
+// turn, one takes more than half of the shared memory and the other more than half of the registers, and both
+// together are all of both: so a block of each stands on every multiprocessor, and never two of one product
+// while another multiprocessor has none. Any other kernel between them, such as attention, could else leave
+// places on one multiprocessor that two blocks then take, and after them two of every product.
+constexpr int kQ4FewRegisters = 56;  // of a thread; a quarter of a multiprocessor has 16384, for 7 to 9 warps
+template <Q4GemmOutput kOutput>
+struct Q4FewHalf {
+  static constexpr int kSinkWarps = 2;  // 16 in all
+  static constexpr int kSharedBytes = 116 * 1024;
+};
+template <>
+struct Q4FewHalf<Q4GemmOutput::kStore> {
+  static constexpr int kSinkWarps = 6;  // 20
+  static constexpr int kSharedBytes = 110 * 1024;
+};
+
 // A block's shared memory: a ring of stages, each a unit of K: activations, weights of a band and their
 // scales; parts of sums; barriers. Offsets in bytes.
 struct Q4FewLayout {
   int band, stages;
-  int w, w_bytes, s, s_bytes, sums, barriers, bytes;
+  int w, w_bytes, s, s_bytes, sums, barriers;
 };
-inline Q4FewLayout q4_few_layout(int tiles, int box_groups) {  // most tiles of a cluster
+inline Q4FewLayout q4_few_layout(int tiles, int box_groups, int bytes) {  // tiles: most of a cluster
   Q4FewLayout l;
   for (int64_t bands = ceil_div(tiles, kQ4FewBand);; ++bands) {
     l.band = int(ceil_div(tiles, bands));
     l.w_bytes = l.band * kQ4FewRowBytes;
     l.s_bytes = int(round_up(l.band * box_groups * 32, 128));
-    const int sums = kQ4FewParts * kQ4FewMultiply * 512, limit = int(kQ4SharedBytesOfTwo) - sums - 512;
+    const int sums = kQ4FewParts * kQ4FewMultiply * 512, limit = bytes - sums - 512;
     l.stages = std::min(limit / (kQ4FewXBytes + l.w_bytes + l.s_bytes), 16) / kQ4FewRing * kQ4FewRing;
     if (l.stages == 0) continue;
     l.w = l.stages * kQ4FewXBytes;
     l.s = l.w + l.stages * l.w_bytes;
     l.sums = l.s + l.stages * l.s_bytes;
     l.barriers = l.sums + sums;
-    l.bytes = l.barriers + 512;
     return l;
   }
 }

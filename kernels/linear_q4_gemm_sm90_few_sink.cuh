@@ -25,13 +25,18 @@ inline Q4FewHandover q4_few_handover(const Q4GemmArgs& a) {
   return h;
 }
 
-// kPieces tiles of 16 rows, always of the same 8 tokens. A lane (g = lane / 4, t = lane % 4) holds (row g,
-// token 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
-template <Q4GemmOutput kOutput, int kPieces>
+// Tiles of 16 rows, one at a time and always of the same 8 tokens. A lane (g = lane / 4, t = lane % 4) holds
+// (row g, token 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). Short code: it runs a few times in a kernel, and comes
+// from far.
+template <Q4GemmOutput kOutput>
 class Q4FewSink {
   static constexpr bool kStore = kOutput == Q4GemmOutput::kStore, kRope = kOutput == Q4GemmOutput::kRopeKv;
 
  public:
+  struct Ahead {
+    float v[4], gain[2];  // the residual, or cosine and sine of two tokens; of a maker of the stream
+  };
+
   // writes: one warp of all of these tokens does what is done once.
   __device__ Q4FewSink(const Q4GemmSink& s, const Q4FewHandover& h, int lane, int token0, bool writes)
       : g_(lane / 4), token_(token0 + lane % 4 * 2) {
@@ -48,80 +53,73 @@ class Q4FewSink {
       factor_[0] = guess.x, factor_[1] = guess.y;
     }
   }
-  // tile(i) -> the i-th tile of rows, < 0: none
-  template <class At>
-  __device__ void fetch(const Q4GemmSink& s, const Q4FewHandover& h, const At& tile) {
+  // What a tile needs beside its sums.
+  __device__ Ahead fetch(const Q4GemmSink& s, const Q4FewHandover& h, int tile) const {
+    Ahead a = {};
+    const int first = tile * kQ4TileRows, row = first + g_;
+    if ((!kStore && !kRope) || row >= s.n) return a;
+    if (kStore && h.gain) a.gain[0] = h.gain[row], a.gain[1] = h.gain[row + 8];
+    if (kStore ? !s.residual : first >= s.rotated) return a;
+    const int pair = kRope ? first % s.head_dim / 2 + g_ : 0;  // of a rotation
 #pragma unroll
-    for (int i = 0; i < (kStore || kRope ? kPieces : 0); ++i) {
-      const int first = tile(i) * kQ4TileRows, row = first + g_;
-      if (tile(i) < 0 || row >= s.n) continue;
-      const int pair = kRope ? first % s.head_dim / 2 + g_ : 0;  // of a rotation
-      if (kStore && h.gain) gain_[i][0] = h.gain[row], gain_[i][1] = h.gain[row + 8];
-      if (kStore && !s.residual) continue;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (token_ + e >= s.tokens) continue;
-        if constexpr (kStore) {
-          const float* from = s.residual + int64_t(token_ + e) * s.n + row;
-          ahead_[i][e] = from[0];
-          if (row + 8 < s.n) ahead_[i][2 + e] = from[8];
-        } else if (first < s.rotated) {
-          const float2 turn =
-              *reinterpret_cast<const float2*>(s.table + int64_t(position_[e]) * s.head_dim + pair * 2);
-          ahead_[i][2 * e] = turn.x, ahead_[i][2 * e + 1] = turn.y;
-        }
+    for (int e = 0; e < 2; ++e) {
+      if (token_ + e >= s.tokens) continue;
+      if constexpr (kStore) {
+        const float* from = s.residual + ((token_ + e) * s.n + row);
+        a.v[e] = from[0];
+        if (row + 8 < s.n) a.v[2 + e] = from[8];
+      } else {
+        const float2 turn =
+            *reinterpret_cast<const float2*>(s.table + (position_[e] * s.head_dim + pair * 2));
+        a.v[2 * e] = turn.x, a.v[2 * e + 1] = turn.y;
       }
     }
+    return a;
   }
   // By all lanes.
-  template <class At>
-  __device__ void finish(const Q4GemmSink& s, const Q4FewHandover& h, const At& tile,
-                         const float4 (&sum)[kPieces]) const {
-    const bool corrects = h.read_squares;
+  __device__ void finish(const Q4GemmSink& s, const Q4FewHandover& h, int tile, const Ahead& a,
+                         const float4& sum) const {
+    const int first = tile * kQ4TileRows, row = first + g_;
+    float low[2] = {sum.x, sum.y}, high[2] = {sum.z, sum.w}, squares[2] = {};
+    const int head = kRope ? first / s.head_dim : 0;
+    const bool value = kRope && first >= s.rotated, query = head < s.heads;
+    // Of row g and the row it meets, from where the token's are.
+    const int at = value ? row - s.rotated
+                         : row - (first - head * s.head_dim) / 2 - (query ? 0 : s.heads * s.head_dim);
+    const int further = value ? 8 : s.head_dim / 2;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      if (tile(i) < 0) continue;
-      const int row = tile(i) * kQ4TileRows + g_;
-      float low[2] = {sum[i].x, sum[i].y}, high[2] = {sum[i].z, sum[i].w}, squares[2] = {};
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int token = token_ + e;
-        if (token >= s.tokens) continue;
-        if (corrects) low[e] *= factor_[e], high[e] *= factor_[e];
-        if constexpr (kStore) {
-          const int64_t to = token * s.y_pitch + row;
-          if (s.residual) low[e] += ahead_[i][e], high[e] += ahead_[i][2 + e];
-          if (row < s.n) sink_store(s.y, s.y_half, to, low[e]);
-          if (row + 8 < s.n) sink_store(s.y, s.y_half, to + 8, high[e]);
-          if (h.gain) {
-            __half* const x = h.x + int64_t(token) * s.n + row;
-            x[0] = saturated_half(low[e] * (gain_[i][0] * factor_[e]));
-            x[8] = saturated_half(high[e] * (gain_[i][1] * factor_[e]));
-            squares[e] = low[e] * low[e] + high[e] * high[e];
-          }
-        } else if constexpr (!kRope) {
-          const int column = tile(i) * 8 + g_;
-          if (column < s.n / 2) sink_store(s.y, s.y_half, token * s.y_pitch + column, silu(low[e]) * high[e]);
-        } else if (row < s.n) {
-          const float cosine = ahead_[i][2 * e], sine = ahead_[i][2 * e + 1];
-          const int first = row - g_, head = first / s.head_dim;
-          const bool value = first >= s.rotated, query = head < s.heads;
-          const int at = value ? row - s.rotated
-                               : first - first % s.head_dim / 2 + g_ - (query ? 0 : s.heads * s.head_dim);
-          const int64_t to = (query ? token * s.y_pitch : cache_[e]) + at;
-          void* const p = query ? s.y : value ? s.v : s.k;
-          const bool half = query ? s.y_half : s.kv_half;
-          sink_store(p, half, to, value ? low[e] : low[e] * cosine - high[e] * sine);
-          sink_store(p, half, to + (value ? 8 : s.head_dim / 2),
-                     value ? high[e] : low[e] * sine + high[e] * cosine);
+    for (int e = 0; e < 2; ++e) {
+      const int token = token_ + e;
+      if (token >= s.tokens) continue;
+      if (h.read_squares) low[e] *= factor_[e], high[e] *= factor_[e];
+      if constexpr (kStore) {
+        const int to = token * int(s.y_pitch) + row;
+        low[e] += a.v[e], high[e] += a.v[2 + e];
+        if (row < s.n) sink_store(s.y, s.y_half, to, low[e]);
+        if (row + 8 < s.n) sink_store(s.y, s.y_half, to + 8, high[e]);
+        if (h.gain) {
+          __half* const x = h.x + (token * s.n + row);
+          x[0] = saturated_half(low[e] * (a.gain[0] * factor_[e]));
+          x[8] = saturated_half(high[e] * (a.gain[1] * factor_[e]));
+          squares[e] = low[e] * low[e] + high[e] * high[e];
         }
+      } else if constexpr (!kRope) {
+        const int column = tile * 8 + g_;
+        if (column < s.n / 2) sink_store(s.y, s.y_half, token * int(s.y_pitch) + column, silu(low[e]) * high[e]);
+      } else if (row < s.n) {
+        const float cosine = a.v[2 * e], sine = a.v[2 * e + 1];
+        const int64_t to = (query ? token * int(s.y_pitch) : cache_[e]) + at;
+        void* const p = query ? s.y : value ? s.v : s.k;
+        const bool half = query ? s.y_half : s.kv_half;
+        sink_store(p, half, to, value ? low[e] : low[e] * cosine - high[e] * sine);
+        sink_store(p, half, to + further, value ? high[e] : low[e] * sine + high[e] * cosine);
       }
-      if (kStore && h.gain) {
-        add_rows(squares);
-        if (g_ == 0)
-          *reinterpret_cast<float2*>(h.squares + tile(i) * kQ4GemmFewTokens + token_) =
-              make_float2(squares[0], squares[1]);
-      }
+    }
+    if (kStore && h.gain) {
+      add_rows(squares);
+      if (g_ == 0)
+        *reinterpret_cast<float2*>(h.squares + tile * kQ4GemmFewTokens + token_) =
+            make_float2(squares[0], squares[1]);
     }
   }
 
@@ -158,9 +156,7 @@ class Q4FewSink {
 
   int g_, token_, position_[2] = {};
   int64_t cache_[2] = {};
-  float factor_[2] = {};    // of a reader: to correct its sums; of a maker: the guess
-  float gain_[kPieces][2];  // of a maker
-  float ahead_[kPieces][4];
+  float factor_[2] = {};  // of a reader: to correct its sums; of a maker: the guess
 };
 
 }  // namespace q4s
