@@ -11,6 +11,9 @@
 //
 // Rows of earlier steps are asked for before the predecessor has ended.
 //
+// Where contexts are short and there are more rows of work than multiprocessors, a warp takes a row alone: one
+// block a multiprocessor, beside which the next product's has its place.
+//
 // A second, plain kernel serves caches in f32 and head sizes that are no multiple of 8.
 #include <algorithm>
 #include <climits>
@@ -53,17 +56,25 @@ struct Ring {
   }
 };
 
-template <int kChunks>
+template <int kChunks, bool kAlone>
 __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 : 1)
     attention_mma_kernel(const __grid_constant__ Params p) {
   using R = Ring<kChunks>;
   constexpr int kWarps = R::kWarps, kSlots = R::kSlots, kSteps = 2 * kChunks;  // steps: of 16 dims
+  constexpr int kNext = kAlone ? 1 : kWarps;  // from a tile to a warp's next
   extern __shared__ __align__(128) uint8_t shared[];
   Partials<kWarps>& partials = *reinterpret_cast<Partials<kWarps>*>(shared + kWarps * R::kBytes);
   pdl_trigger();
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
-  const int part = int(blockIdx.x), token = int(blockIdx.z);
-  const int kv_head = int(blockIdx.y) / p.head_blocks, block = int(blockIdx.y) % p.head_blocks;
+  const int of_token = p.kv_heads * p.head_blocks;
+  const int row = kAlone ? int(blockIdx.x * blockDim.x + threadIdx.x) / 32
+                         : int(blockIdx.z) * of_token + int(blockIdx.y);
+  if (kAlone && row >= p.rows) {
+    pdl_wait();
+    return;
+  }
+  const int part = kAlone ? 0 : int(blockIdx.x), token = row / of_token;
+  const int kv_head = row % of_token / p.head_blocks, block = row % p.head_blocks;
   const int group = p.heads / p.kv_heads, heads = min(kMaxHeads, group - block * kMaxHeads);
   const int head = kv_head * group + block * kMaxHeads, hd = p.head_dim, width = p.kv_heads * hd;
 
@@ -71,15 +82,16 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
   const int64_t base = __ldcg(p.at.sequence + token) * p.kv.ctx * width + kv_head * hd;
   const __half* keys = static_cast<const __half*>(p.kv.k) + base;
   const __half* values = static_cast<const __half*>(p.kv.v) + base;
-  const int tiles = (length + kTile - 1) / kTile, parts = max(1, min(int(gridDim.x), tiles / p.part_tiles));
+  const int tiles = (length + kTile - 1) / kTile;
+  const int parts = kAlone ? 1 : max(1, min(int(gridDim.x), tiles / p.part_tiles));
   const int end = part < parts ? int(int64_t(tiles) * (part + 1) / parts) : 0;
-  int tile = part < parts ? int(int64_t(tiles) * part / parts) + warp : 0;
+  int tile = part < parts ? int(int64_t(tiles) * part / parts) + (kAlone ? 0 : warp) : 0;
 
   // Asks for plane n of the warp's tiles, K and V in turn, but for rows at positions in [without, length);
   // rows from `length` on become zero.
   const uint32_t ring = shared_address(shared) + warp * R::kBytes;
   const auto fill = [&](uint32_t to, int n, int without) {
-    const int first = (tile + n / 2 * kWarps) * kTile;
+    const int first = (tile + n / 2 * kNext) * kTile;
     if (first >= end * kTile) return;
     const __half* rows = (n % 2 ? values : keys) + int64_t(first) * width;
 #pragma unroll
@@ -110,11 +122,11 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
         queries[c][i] = __ldcg(reinterpret_cast<const float2*>(q_row + 16 * c + 8 * i));
     }
   // Fresh rows of tiles that have been asked for.
-  const bool late = tile < end && (min(tile + (kSlots - 1) / 2 * kWarps, end - 1) + 1) * kTile > old;
+  const bool late = tile < end && (min(tile + (kSlots - 1) / 2 * kNext, end - 1) + 1) * kTile > old;
   if (late) {
 #pragma unroll 1
     for (int n = 0; n < kSlots; ++n) {
-      const int first = (tile + n / 2 * kWarps) * kTile, row0 = max(0, old - first);
+      const int first = (tile + n / 2 * kNext) * kTile, row0 = max(0, old - first);
       const int rows = first < end * kTile ? min(kTile, length - first) - row0 : 0;
       const __half* from = (n % 2 ? values : keys) + int64_t(first) * width;
 #pragma unroll 1
@@ -156,7 +168,7 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
     if (++slot == kSlots) slot = 0;
   };
 #pragma unroll 1
-  for (; tile < end; tile += kWarps) {
+  for (; tile < end; tile += kNext) {
     wait();
     float s[4] = {}, s2[4] = {};  // two chains, for latency
 #pragma unroll
@@ -196,6 +208,20 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
     refill(kSlots + 1);
   }
 
+  if constexpr (kAlone) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      for (int d = 4; d < 32; d *= 2) l[h] += __shfl_xor_sync(0xffffffffu, l[h], d);
+      if (2 * t + h >= heads) continue;
+      const int64_t to = (int64_t(token) * p.heads + head + 2 * t + h) * hd + g;
+#pragma unroll
+      for (int c = 0; c < kSteps; ++c)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (16 * c + 8 * i < hd) store(p, to + 16 * c + 8 * i, o[c][h + 2 * i] / l[h]);
+    }
+    return;
+  }
   // Rings are empty.
   const auto sums_of = [&](int w) { return reinterpret_cast<float*>(shared + w * R::kBytes); };
   __syncwarp();
@@ -257,12 +283,19 @@ __global__ void __launch_bounds__(kPlainWarps * 32) attention_plain_kernel(const
       p, partials, [&](int w) { return o_warps[w]; }, row, 1, 0, 1);
 }
 
+constexpr int64_t kAloneLongest = 256;  // up to where a warp is to take a row alone
+
 template <int kChunks>
-void launch_mma(const Params& p, int parts, int tokens, bool pdl, cudaStream_t stream) {
+void launch_mma(const Params& p, int parts, const AttentionDecodeArgs& a, bool pdl, cudaStream_t stream) {
   using R = Ring<kChunks>;
-  launch("attention_decode", attention_mma_kernel<kChunks>,
-         dim3(unsigned(parts), unsigned(p.kv_heads * p.head_blocks), unsigned(tokens)), R::kWarps * 32,
-         R::kWarps * R::kBytes + sizeof(Partials<R::kWarps>), 1, pdl, stream, p);
+  const int most = device_facts().multiprocessors, alone = int(ceil_div(p.rows, most));  // warps a block
+  if (parts == 1 && a.longest <= kAloneLongest && alone > 1 && alone <= R::kWarps)
+    launch("attention_decode", attention_mma_kernel<kChunks, true>, dim3(unsigned(ceil_div(p.rows, alone))),
+           alone * 32, size_t(alone * R::kBytes), 1, pdl, stream, p);
+  else
+    launch("attention_decode", attention_mma_kernel<kChunks, false>,
+           dim3(unsigned(parts), unsigned(p.kv_heads * p.head_blocks), unsigned(a.tokens)), R::kWarps * 32,
+           R::kWarps * R::kBytes + sizeof(Partials<R::kWarps>), 1, pdl, stream, p);
 }
 
 constexpr int kPartTiles = 16;  // a part has this many tiles or more
@@ -293,13 +326,14 @@ void attention_decode_cuda(const AttentionDecodeArgs& a, cudaStream_t stream, bo
   }
   p.head_blocks = int(ceil_div(a.heads / a.kv_heads, int64_t(kMaxHeads)));
   const int multiprocessors = device_facts().multiprocessors;
-  const int parts = attention_decode_parts(a.tokens * p.kv_heads * p.head_blocks, a.longest, multiprocessors);
+  p.rows = int(a.tokens) * p.kv_heads * p.head_blocks;
+  const int parts = attention_decode_parts(p.rows, a.longest, multiprocessors);
   p.part_tiles = kPartTiles;
   p.counters = reinterpret_cast<unsigned*>(a.scratch);
   p.unfinished = reinterpret_cast<float2*>(a.scratch + kAttentionDecodeCounters);
   p.sums = reinterpret_cast<float*>(p.unfinished + kFill * multiprocessors * kMaxHeads);
   const auto run = [&](auto chunks) {
-    launch_mma<decltype(chunks)::value>(p, parts, int(a.tokens), pdl, stream);
+    launch_mma<decltype(chunks)::value>(p, parts, a, pdl, stream);
   };
   switch ((p.head_dim + 31) / 32) {
     case 1: return run(std::integral_constant<int, 1>{});

@@ -17,6 +17,7 @@ struct AttentionDecodeParams {
   KvLayer kv;
   int heads, kv_heads, head_dim;
   int head_blocks;     // blocks of 8 query heads to one kv head
+  int rows;            // T * kv_heads * head_blocks
   int fresh;           // newest rows of a sequence that the predecessor may write
   int part_tiles;      // least tiles of a part
   float scale;         // log2(e) / sqrt(hd)

@@ -138,6 +138,20 @@ TEST_CASE("attention_decode on the device: a cache in parts") {
   check({24, 2, 160, 6000, {5000, 5001}, {0, 0}, KvType::kF16, 20});
 }
 
+TEST_CASE("attention_decode on the device: a warp for each row") {
+  if (no_device()) return;
+  Case c{64, 32, 128, 256, {}, {}};
+  for (int32_t t = 0; t < 9; ++t) c.position.push_back(t * 37 % 256), c.sequence.push_back(t % 2);
+  c.position[3] = 255;
+  for (int64_t hd : {8, 40, 64, 80, 128, 256})
+    for (int64_t heads : {32, 64}) {
+      c.head_dim = hd, c.heads = heads;
+      check(c);
+    }
+  c.head_dim = 64, c.heads = 40, c.kv_heads = 20, c.runs = 20;
+  check(c);
+}
+
 TEST_CASE("attention_decode on the device: many sequences") {
   if (no_device()) return;
   Case c{32, 32, 128, 70, {}, {}};
