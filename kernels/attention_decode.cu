@@ -11,8 +11,8 @@
 //
 // Rows of earlier steps are asked for before the predecessor has ended.
 //
-// Where contexts are short and there are more rows of work than multiprocessors, a warp takes a row alone: one
-// block a multiprocessor, beside which the next product's has its place.
+// Where contexts are short and there are more rows of work than multiprocessors, a warp takes a row alone:
+// one block a multiprocessor, beside which the next product's has its place.
 //
 // A second, plain kernel serves caches in f32 and head sizes that are no multiple of 8.
 #include <algorithm>
@@ -61,14 +61,14 @@ __global__ void __launch_bounds__(Ring<kChunks>::kWarps * 32, kChunks <= 4 ? 2 :
     attention_mma_kernel(const __grid_constant__ Params p) {
   using R = Ring<kChunks>;
   constexpr int kWarps = R::kWarps, kSlots = R::kSlots, kSteps = 2 * kChunks;  // steps: of 16 dims
-  constexpr int kNext = kAlone ? 1 : kWarps;  // from a tile to a warp's next
+  constexpr int kNext = kAlone ? 1 : kWarps;                                   // from a tile to a warp's next
   extern __shared__ __align__(128) uint8_t shared[];
   Partials<kWarps>& partials = *reinterpret_cast<Partials<kWarps>*>(shared + kWarps * R::kBytes);
   pdl_trigger();
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
   const int of_token = p.kv_heads * p.head_blocks;
-  const int row = kAlone ? int(blockIdx.x * blockDim.x + threadIdx.x) / 32
-                         : int(blockIdx.z) * of_token + int(blockIdx.y);
+  const int row =
+      kAlone ? int(blockIdx.x * blockDim.x + threadIdx.x) / 32 : int(blockIdx.z) * of_token + int(blockIdx.y);
   if (kAlone && row >= p.rows) {
     pdl_wait();
     return;
@@ -332,9 +332,7 @@ void attention_decode_cuda(const AttentionDecodeArgs& a, cudaStream_t stream, bo
   p.counters = reinterpret_cast<unsigned*>(a.scratch);
   p.unfinished = reinterpret_cast<float2*>(a.scratch + kAttentionDecodeCounters);
   p.sums = reinterpret_cast<float*>(p.unfinished + kFill * multiprocessors * kMaxHeads);
-  const auto run = [&](auto chunks) {
-    launch_mma<decltype(chunks)::value>(p, parts, a, pdl, stream);
-  };
+  const auto run = [&](auto chunks) { launch_mma<decltype(chunks)::value>(p, parts, a, pdl, stream); };
   switch ((p.head_dim + 31) / 32) {
     case 1: return run(std::integral_constant<int, 1>{});
     case 2: return run(std::integral_constant<int, 2>{});

@@ -46,7 +46,7 @@ struct LinearDecodeArgs {
   int64_t heads = 0, kv_heads = 0;
 };
 
-// Most tokens of a launch. Most for which launches beat a GEMM: on sm_90 the int4 GEMM is quicker from nine
+// Most tokens of a launch. Most for which launches beat a GEMM: on sm_90 the int4 GEMM is quicker from five
 // on.
 constexpr int64_t kLinearDecodeTokens = 16;
 int64_t linear_decode_most_tokens(int bits);

@@ -70,7 +70,7 @@ void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& pr
 }  // namespace
 
 int64_t linear_decode_most_tokens(int bits) {
-  return bits > 4 ? 32 : device_facts().hopper ? 8 : kLinearDecodeTokens;
+  return bits > 4 ? 32 : device_facts().hopper ? 4 : kLinearDecodeTokens;
 }
 
 bool linear_decode_follows(const LinearDecodeArgs& next, const LinearDecodeArgs& last) {

@@ -94,10 +94,10 @@ enum class Q4GemmOutput : uint8_t {
 // and sums of squares of y; the reader finds the factor from these, and corrects what `guess` was. kFew only,
 // up to kQ4GemmFewTokens tokens, D a multiple of kQ4TileCols.
 //
-// guess: the factor of the token before the maker added to the stream, times kQ4GemmHeadroom. With G the largest
-// gain, no value leaves the range of fp16 while the stream's root mean square grows by less than
-// 2^20 / (G sqrt(D)), 16384 times for G = 1 and D = 4096: then it is clamped. Values lose bits below 2^-10 /
-// gain of the old mean square's root, where they err by 2^-21 of it.
+// guess: the factor of the token before the maker added to the stream, times kQ4GemmHeadroom. With G the
+// largest gain, no value leaves the range of fp16 while the stream's root mean square grows by less than 2^20
+// / (G sqrt(D)), 16384 times for G = 1 and D = 4096: then it is clamped. Values lose bits below 2^-10 / gain
+// of the old mean square's root, where they err by 2^-21 of it.
 struct Q4GemmHandover {
   const float* gain;  // (D), 8-aligned
   float eps;
@@ -131,5 +131,7 @@ struct Q4GemmArgs {
   const Q4GemmHandover* reads = nullptr;  // its x is this one's
 };
 void q4_gemm_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
+// Blocks of kFew that a multiprocessor holds of one output's kernel: one, or products would share out badly.
+int q4_gemm_few_resident(Q4GemmOutput);
 
 }  // namespace q4s

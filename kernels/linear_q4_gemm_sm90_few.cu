@@ -1,10 +1,10 @@
 // The Hopper kernel of linear_q4_gemm.h for up to 16 tokens, where reading the weights takes the time. One
 // block a multiprocessor, small enough that the next product's stands beside it and has its first weights
-// when the activations come; Q4FewHalf sees to it that two of one product never do. Each cluster of two owns a run of 16-row tiles, each of its blocks half of K.
-// Twelve warps multiply by mma.sync, which waits for no other warp: each takes a tile of rows, and every
-// second or third unit of K where there are few tiles. Codes enter the tensor core as the integers they are,
-// and the sums of a group are scaled. Parts of a sum are pushed to the block that adds them, in a fixed
-// order, where warps of their own take them to their place.
+// when the activations come; Q4FewHalf sees to it that two of one product never do. Each cluster of two owns
+// a run of 16-row tiles, each of its blocks half of K. Twelve warps multiply by mma.sync, which waits for no
+// other warp: each takes a tile of rows, and every second or third unit of K where there are few tiles. Codes
+// enter the tensor core as the integers they are, and the sums of a group are scaled. Parts of a sum are
+// pushed to the block that adds them, in a fixed order, where warps of their own take them to their place.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_sm90_few_multiply.cuh"
 #include "kernels/linear_q4_gemm_sm90_few_sink.cuh"
@@ -14,6 +14,8 @@ namespace {
 
 // Warps: those that multiply, one that asks for weights, one for activations, those that take sums away.
 constexpr int kMultiply = kQ4FewMultiply, kSinkWarp = kMultiply + 2;
+template <Q4GemmOutput kOutput>
+constexpr int kThreads = (kSinkWarp + Q4FewHalf<kOutput>::kSinkWarps) * 32;
 
 struct Params {
   Q4GemmSink sink;
@@ -210,7 +212,20 @@ void run(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   const Q4Maps maps = q4_gemm_maps(a, p.layout.band * kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
   p.scale_sums = !p.operands.half_grid && p.operands.fine == 0;
   launch("q4_gemm_few", q4_gemm_few_kernel<kOutput>, dim3(unsigned(c.clusters * kQ4FewParts)),
-         (kSinkWarp + Half::kSinkWarps) * 32, size_t(Half::kSharedBytes), kQ4FewParts, a.pdl, stream, maps, p);
+         kThreads<kOutput>, size_t(Half::kSharedBytes), kQ4FewParts, a.pdl, stream, maps, p);
+}
+
+template <Q4GemmOutput kOutput>
+int resident() {
+  constexpr int kBytes = Q4FewHalf<kOutput>::kSharedBytes;
+  int blocks = 0;
+  cuda_check(
+      cudaFuncSetAttribute(q4_gemm_few_kernel<kOutput>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+      "q4_gemm_few");
+  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, q4_gemm_few_kernel<kOutput>,
+                                                           kThreads<kOutput>, kBytes),
+             "q4_gemm_few");
+  return blocks;
 }
 
 }  // namespace
@@ -221,6 +236,12 @@ void q4_gemm_few_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t s
     case Q4GemmOutput::kSwiglu: return run<Q4GemmOutput::kSwiglu>(a, c, stream);
     case Q4GemmOutput::kRopeKv: return run<Q4GemmOutput::kRopeKv>(a, c, stream);
   }
+}
+
+int q4_gemm_few_resident(Q4GemmOutput output) {
+  return output == Q4GemmOutput::kStore    ? resident<Q4GemmOutput::kStore>()
+         : output == Q4GemmOutput::kSwiglu ? resident<Q4GemmOutput::kSwiglu>()
+                                           : resident<Q4GemmOutput::kRopeKv>();
 }
 
 }  // namespace q4s

@@ -26,8 +26,8 @@ inline Q4FewHandover q4_few_handover(const Q4GemmArgs& a) {
 }
 
 // Tiles of 16 rows, one at a time and always of the same 8 tokens. A lane (g = lane / 4, t = lane % 4) holds
-// (row g, token 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). Short code: it runs a few times in a kernel, and comes
-// from far.
+// (row g, token 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). Short code: it runs a few times in a kernel, and
+// comes from far.
 template <Q4GemmOutput kOutput>
 class Q4FewSink {
   static constexpr bool kStore = kOutput == Q4GemmOutput::kStore, kRope = kOutput == Q4GemmOutput::kRopeKv;
@@ -84,8 +84,8 @@ class Q4FewSink {
     const int head = kRope ? first / s.head_dim : 0;
     const bool value = kRope && first >= s.rotated, query = head < s.heads;
     // Of row g and the row it meets, from where the token's are.
-    const int at = value ? row - s.rotated
-                         : row - (first - head * s.head_dim) / 2 - (query ? 0 : s.heads * s.head_dim);
+    const int at =
+        value ? row - s.rotated : row - (first - head * s.head_dim) / 2 - (query ? 0 : s.heads * s.head_dim);
     const int further = value ? 8 : s.head_dim / 2;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -105,7 +105,8 @@ class Q4FewSink {
         }
       } else if constexpr (!kRope) {
         const int column = tile * 8 + g_;
-        if (column < s.n / 2) sink_store(s.y, s.y_half, token * int(s.y_pitch) + column, silu(low[e]) * high[e]);
+        if (column < s.n / 2)
+          sink_store(s.y, s.y_half, token * int(s.y_pitch) + column, silu(low[e]) * high[e]);
       } else if (row < s.n) {
         const float cosine = a.v[2 * e], sine = a.v[2 * e + 1];
         const int64_t to = (query ? token * int(s.y_pitch) : cache_[e]) + at;
@@ -150,8 +151,7 @@ class Q4FewSink {
       next[e] = factor * kQ4GemmHeadroom;
       factor_[e] = factor / (e ? guess.y : guess.x);
     }
-    if (writes && g_ == 0)
-      *reinterpret_cast<float2*>(h.next_guess + token_) = make_float2(next[0], next[1]);
+    if (writes && g_ == 0) *reinterpret_cast<float2*>(h.next_guess + token_) = make_float2(next[0], next[1]);
   }
 
   int g_, token_, position_[2] = {};

@@ -227,8 +227,15 @@ class CudaBackend final : public Backend {
   }
 
   CudaStep step_of(Counts counts, const KvCache& kv, std::byte* scratch) {
-    return {counts, kv, scratch, stream_.get(), dense_, device_.multiProcessorCount, device_.major == 9,
-            chain_,  stream_handover_};
+    return {counts,
+            kv,
+            scratch,
+            stream_.get(),
+            dense_,
+            device_.multiProcessorCount,
+            device_.major == 9,
+            chain_,
+            stream_handover_};
   }
   size_t node_scratch(const Graph& g) const { return node_scratch_cuda(g, device_.multiProcessorCount); }
 

@@ -122,7 +122,8 @@ void check(const Case& c) {
       for (int64_t k = 0; k < d; ++k) {
         const double w = reader.at(row, k), in = sum[size_t(i * d + k)] * factor[size_t(i)] * gain[size_t(k)];
         product[size_t(row)] += w * in;
-        // x and, where they are not integers, weights in fp16, below its normal range in steps of 2^-24; sums in f32.
+        // x and, where they are not integers, weights in fp16, below its normal range in steps of 2^-24; sums
+        // in f32.
         bound[size_t(row)] += std::abs(w * in) * (0x1p-10 + (double(d) / 16 + 32) * 0x1p-22) +
                               std::abs(w) * 0x1p-25 / c.guess + std::abs(in) * 0x1p-24;
       }
@@ -132,7 +133,8 @@ void check(const Case& c) {
         const double gate = want, up = product[size_t(j + columns)], eu = bound[size_t(j + columns)];
         const double silu = gate / (1 + std::exp(-gate));
         want = silu * up;
-        may = 1.1 * may * (std::abs(up) + eu) + std::abs(silu) * eu + std::abs(want) * (8 + 2 * std::abs(gate)) * 0x1p-23;
+        may = 1.1 * may * (std::abs(up) + eu) + std::abs(silu) * eu +
+              std::abs(want) * (8 + 2 * std::abs(gate)) * 0x1p-23;
       }
       worst = std::max(worst, std::abs(first[size_t(i * columns + j)] - want) / may);
     }
@@ -167,7 +169,8 @@ TEST_CASE("q4_gemm: a stream that is not finite stays so") {
                                 squares.data(), d_guess.data(), next.data()};
   Q4GemmArgs a{};
   a.x = x.data(), a.w = w.layout, a.codes = w.codes.data(), a.scales = w.tile_scales.data();
-  a.tokens = 2, a.output = Q4GemmOutput::kStore, a.y = y.data(), a.y_pitch = 64, a.residual = d_residual.data();
+  a.tokens = 2, a.output = Q4GemmOutput::kStore, a.y = y.data(), a.y_pitch = 64,
+  a.residual = d_residual.data();
   a.makes = &handover;
   const Q4GemmConfig few = q4_gemm_config_few({2, w.layout, device_facts().multiprocessors, true});
   q4_gemm_cuda(a, few, nullptr);
@@ -182,5 +185,12 @@ TEST_CASE("q4_gemm: a stream that is not finite stays so") {
 
   Q4GemmArgs wrong = a;
   wrong.reads = nullptr, wrong.makes = &handover;
-  CHECK_THROWS_AS(q4_gemm_cuda(wrong, q4_gemm_config_portable({2, w.layout, 132, true}), nullptr), std::logic_error);
+  CHECK_THROWS_AS(q4_gemm_cuda(wrong, q4_gemm_config_portable({2, w.layout, 132, true}), nullptr),
+                  std::logic_error);
+}
+
+TEST_CASE("q4_gemm: few tokens, one block of a product on a multiprocessor") {
+  if (no_device() || !device_facts().hopper) return;
+  for (const Q4GemmOutput output : {Q4GemmOutput::kStore, Q4GemmOutput::kSwiglu, Q4GemmOutput::kRopeKv})
+    CHECK(q4_gemm_few_resident(output) == 1);
 }
