@@ -19,6 +19,10 @@ __device__ inline uint32_t held(uint32_t v) {
   asm volatile("" : "+r"(v));
   return v;
 }
+__device__ inline float held_float(float v) {
+  asm volatile("" : "+f"(v));
+  return v;
+}
 __device__ inline uint4 load_shared_16(uint32_t at) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -40,6 +44,9 @@ __device__ inline uint16_t load_shared_2(uint32_t at) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
   return v;
+}
+__device__ inline void store_shared(uint32_t at, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
 }
 __device__ inline void store_shared(uint32_t at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
@@ -157,6 +164,12 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
+// 1 / v but for an ulp, of normal v below 2^126.
+__device__ inline float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 // c (16x8, f32) += a (16x16) b (16x8), fp16 fragments of one warp.
 __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "

@@ -36,29 +36,18 @@ struct DecodeMultiplier {
     const LinearDecodePart& part = a.part;
     const int first = part.phase_begin(phase), units = part.phase_begin(phase + 1) - first;
     const int rows = LinearDecodeRows(part, product).rows;
-    uint8_t* const x = shared + c.x;
-    uint32_t* const meta = reinterpret_cast<uint32_t*>(shared + c.meta);
-    const DecodeStaging<Tile, kScales> staging{a,
-                                               p.tokens,
-                                               first,
-                                               units,
-                                               x,
-                                               meta,
-                                               reinterpret_cast<float*>(shared + c.squares),
-                                               number + uint32_t(a.x_from),
-                                               c.stride,
-                                               lane,
-                                               warp};
     if (rows == 0) return;
-    if (phase == 0) staging.prefetch_gain();
+    const uint32_t base = shared_address(shared), x = base + c.x, meta = base + c.meta;
+    if (phase == 0) linear_decode_prefetch_gain(a, warp, lane);
     warps_sync<kDecodeDone, kDecodeReaders>();  // all have done with the last x and its squares
-    staging.run();
+    DecodeStaging<Tile, kScales>{
+        a,        p.tokens, first, units, x, meta, base + c.squares, number + uint32_t(a.x_from),
+        c.stride, lane,     warp}
+        .run();
     warps_sync<1, kDecodeWarps * 32>();
 
-    DecodeSums<Tile, kScales, kTokens> sums(a, shared_address(x), c.stride, shared_address(meta), p.tokens,
-                                            lane);
-    const uint32_t partial = held(shared_address(shared + c.partial)),
-                   sum_bytes = p.tokens * (kQ4TileRows * 4);
+    DecodeSums<Tile, kScales, kTokens> sums(a, x, c.stride, meta, p.tokens, lane);
+    const uint32_t partial = held(base + c.partial), sum_bytes = p.tokens * (kQ4TileRows * 4);
     const uint32_t codes_at = held(warp * kUnitBytes + lane * 16);  // in a stage
     const uint32_t scales_at = held(c.stage_scales + warp * kUnitScales * 2 + lane / 4 * 2);
     int row = 0, col = warp;
@@ -117,9 +106,7 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
     return;
   }
   if (p.count == 1) pdl_trigger();
-  if (warp < kDecodeWarps)
-    DecodeStaging<Tile, 1>{p.product[0], 0, 0, 0, nullptr, nullptr, nullptr, 0, 0, lane, warp}
-        .prefetch_gain();
+  if (warp < kDecodeWarps) linear_decode_prefetch_gain(p.product[0], warp, lane);
   pdl_wait();
   const uint32_t first = p.done ? __ldcg(p.done + blockIdx.x) + 1 : 0;
   if (warp >= kDecodeWarps) {

@@ -52,7 +52,7 @@ constexpr int64_t kLinearDecodeTokens = 16;
 int64_t linear_decode_most_tokens(int bits);
 // The most products of a chain, and the most tokens for which one chain beats a kernel for each product.
 constexpr size_t kLinearDecodeChain = 128;
-constexpr int64_t kLinearDecodeChainTokens = 2;
+constexpr int64_t kLinearDecodeChainTokens = 4;
 constexpr int64_t kLinearDecodeChainColumns = 32768;  // most of y where a product follows
 constexpr size_t kLinearDecodeExchange =
     4096 + 5 * kLinearDecodeChainTokens * kLinearDecodeChainColumns * 4;
