@@ -70,8 +70,7 @@ struct DecodeMultiplier {
       ring.wait_full();
       const auto codes = sums.read(ring.stage() + codes_at, ring.stage() + scales_at,
                                    kScales > 1 ? a.groups - (first + col) * kScales : 1);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(ring.empty());
+      mbarrier_arrive(ring.empty());
       ring.next();
       sums.add(codes, col, (first + col) * kUnitTiles + 1 < a.k_tiles);
       col += kDecodeWarps;
@@ -82,8 +81,7 @@ struct DecodeMultiplier {
     }
     if (total % kDecodeWarps != 0 && warp >= total % kDecodeWarps) {  // no unit in the last stage
       ring.wait_full();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(ring.empty());
+      mbarrier_arrive(ring.empty());
       ring.next();
     }
     while (row < rows) pass_row(false);

@@ -102,7 +102,7 @@ struct LinearDecodeRows {
 };
 
 // The barriers of a block, and where a role is in the ring. A stage is full when its bytes have arrived and
-// empty when every warp that multiplies has read it.
+// empty when every lane that multiplies has read of it.
 class LinearDecodeRing {
  public:
   __device__ LinearDecodeRing(const LinearDecodeConfig& c, uint8_t* shared)
@@ -117,7 +117,7 @@ class LinearDecodeRing {
   __device__ void init() const {
     for (int i = 0; i < kDecodeStages; ++i) {
       mbarrier_init(barriers_ + i * 8, kFullArrivals);
-      mbarrier_init(barriers_ + i * 8 + kEmpty, kDecodeWarps);
+      mbarrier_init(barriers_ + i * 8 + kEmpty, kDecodeWarps * 32);
     }
     for (int m = 0; m < kDecodeMeetings; ++m) {
       mbarrier_init(sums_full(m), kDecodeWarps * 32);
