@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_prefill_kernel(Attentio
     sequence[threadIdx.x] = there ? a.at.sequence[first_query + threadIdx.x] : -1;
   }
 
-  // A fragments of this warp's 16 queries; the softmax works in base 2.
+  // A fragments of this warp's 16 queries.
   uint32_t q[kHd / 16][4];
   const int rows[2] = {warp * 16 + g, warp * 16 + g + 8};
 #pragma unroll
@@ -70,10 +70,16 @@ __global__ void __launch_bounds__(kThreads, 2) attention_prefill_kernel(Attentio
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = rows[i % 2], column = c * 16 + i / 2 * 8 + t * 2;
-      float2 v = make_float2(0, 0);
-      if (row < queries && column < hd)
-        v = *reinterpret_cast<const float2*>(a.q + (first_query + row) * q_width + head * hd + column);
-      q[c][i] = pack_half2(v.x * scale, v.y * scale);
+      const int64_t at = (first_query + row) * q_width + head * hd + column;
+      q[c][i] = 0;
+      if (row < queries && column < hd) {
+        if (a.q_half) {
+          q[c][i] = *reinterpret_cast<const uint32_t*>(static_cast<const __half*>(a.q) + at);
+        } else {
+          const float2 v = *reinterpret_cast<const float2*>(static_cast<const float*>(a.q) + at);
+          q[c][i] = pack_half2(v.x, v.y);
+        }
+      }
     }
   __syncthreads();
 
@@ -137,8 +143,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_prefill_kernel(Attentio
         for (int n = 0; n < kKeys / 8; ++n) high = fmaxf(high, fmaxf(p[n][2 * r], p[n][2 * r + 1]));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
-        base[r] = high == -INFINITY ? 0 : high;  // nothing seen yet
-        shrink[r] = exp2f(top[r] - base[r]);
+        base[r] = (high == -INFINITY ? 0 : high) * scale;  // nothing seen yet
+        shrink[r] = exp2f(top[r] * scale - base[r]);
         top[r] = high;
         total[r] *= shrink[r];
       }
@@ -146,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_prefill_kernel(Attentio
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          p[n][e] = exp2f(p[n][e] - base[e / 2]);
+          p[n][e] = exp2f(p[n][e] * scale - base[e / 2]);
           total[e / 2] += p[n][e];
         }
 #pragma unroll
@@ -208,7 +214,7 @@ void attention_prefill_cuda(const AttentionPrefillArgs& a, cudaStream_t stream) 
 void attention_prefill_portable_cuda(const AttentionPrefillArgs& a, cudaStream_t stream) {
   if (a.tokens == 0) return;
   const dim3 grid(unsigned(ceil_div(a.tokens, kQueries)), unsigned(a.heads));
-  const float scale = kLog2e / sqrtf(float(a.head_dim));
+  const float scale = kLog2e / sqrtf(float(a.head_dim));  // the softmax works in base 2
   if (a.head_dim <= 64)
     launch("attention_prefill", attention_prefill_kernel<64>, grid, kThreads, 2 * sizeof(Stage<64>), 1, true,
            stream, a, scale);

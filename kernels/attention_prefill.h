@@ -7,10 +7,11 @@
 namespace q4s {
 
 struct AttentionPrefillArgs {
-  const float* q;  // (T, H * head_dim)
-  Placement at;    // (T) each
-  KvLayer kv;      // fp16
-  void* y;         // (T, H * head_dim) f32, or fp16 where y_half
+  const void* q;  // (T, H * head_dim) f32, or fp16 where q_half; 16-aligned
+  bool q_half;
+  Placement at;  // (T) each
+  KvLayer kv;    // fp16
+  void* y;       // (T, H * head_dim) f32, or fp16 where y_half; 16-aligned
   bool y_half;
   int64_t tokens, heads, kv_heads, head_dim;
 };

@@ -129,6 +129,15 @@ __device__ inline void tma_load_multicast(uint32_t to, const void* map, int c0, 
       "l"(map), "r"(c0), "r"(c1), "r"(bar), "h"(mask)
       : "memory");
 }
+// The other way: a box of shared memory to a 2-D tensor map, what lies beyond its edges left out. Reads are over after
+// bulk_wait_read() by the thread that committed.
+__device__ inline void tma_store(const void* map, uint32_t from, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
+               "r"(c0), "r"(c1)
+               : "memory");
+}
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ inline void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ inline void tma_prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -184,6 +193,10 @@ __device__ inline void take_registers() {
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Counts this warp's threads without waiting.
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // ---- shared memory by address
 // ------------------------------------------------------------------------------------
@@ -208,6 +221,12 @@ __device__ inline float2 load_shared_pair(uint32_t from) {
 __device__ inline void store_matrices_transposed(uint32_t to, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]),
                "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+// The same with rows as rows.
+__device__ inline void store_matrices(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
                : "memory");
 }
 
@@ -278,8 +297,8 @@ __device__ inline uint64_t wgmma_k_major(uint32_t address) {
 
 // N-major: a row holds 64 halves of N at one k; blocks of 64 are `stride` bytes apart, a step of 16 in K is
 // +2048.
-__device__ inline uint64_t wgmma_n_major(uint32_t address, uint32_t stride) {
-  return wgmma_k_major(address) - (1u << 16) + (uint64_t(stride >> 4) << 16);
+__device__ inline uint32_t wgmma_n_address(uint32_t address, uint32_t stride) {  // the low word
+  return (stride >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
 // Writes of this thread to shared memory before reads by wgmma or TMA; a barrier among threads must follow.
@@ -331,6 +350,20 @@ Q4S_WGMMA_RS(128, 64, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64, 64, 65, 66,
              Q4S_D32(32))
 Q4S_WGMMA_RS(256, 128, 0, Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64 "," Q4S_R96 "," Q4S_R128, 128, 129, 130,
              131, 132, 133, Q4S_D32(0), Q4S_D32(32), Q4S_D32(64), Q4S_D32(96))
+
+// A (64, 16) from shared memory too, both K-major.
+template <int kN>
+struct WgmmaSs;
+template <>
+struct WgmmaSs<128> {
+  static __device__ void mma(float (&d)[64], uint64_t desc_a, uint64_t desc_b, int accumulate) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64
+                 "}, %64, %65, p, 1, 1, 0, 0;\n\t}"
+                 : Q4S_D32(0), Q4S_D32(32)
+                 : "l"(desc_a), "l"(desc_b), "r"(accumulate));
+  }
+};
 
 #endif  // Q4S_SM90A
 

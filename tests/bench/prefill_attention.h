@@ -14,7 +14,7 @@ struct AttentionCase {
   int64_t tokens, heads, kv_heads, head_dim, start;
   int sequences = 1;
   bool mixed = false;  // tokens of a sequence in any order, sequences in turns
-  bool y_half = false;
+  bool y_half = false, q_half = false;
 };
 
 // Largest error / bound; `portable` asks for that kernel.
@@ -39,14 +39,18 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
   for (float& x : q) x = normal(r) * 2;
 
   DeviceBuffer<uint16_t> dk(k), dv(v);
+  std::vector<uint16_t> q16(q.size());
+  for (size_t i = 0; i < q.size(); ++i) q16[i] = float_to_half(q[i]);
   DeviceBuffer<float> dq(q);
+  DeviceBuffer<uint16_t> dq16(q16);
   DeviceBuffer<int32_t> dp(position), ds(sequence);
   constexpr size_t kGuard = 64;
   const auto run = [&] {
     DeviceBuffer<float> y(q.size() + 2 * kGuard);
     y.fill_byte(0xcd);
-    const AttentionPrefillArgs a{dq.data(), {dp.data(), ds.data()}, {dk.data(), dv.data(), KvType::kF16, ctx}, y.data() + kGuard,
-                                 c.y_half, c.tokens, c.heads, c.kv_heads, hd};
+    const AttentionPrefillArgs a{c.q_half ? static_cast<void*>(dq16.data()) : dq.data(), c.q_half, {dp.data(), ds.data()},
+                                 {dk.data(), dv.data(), KvType::kF16, ctx}, y.data() + kGuard, c.y_half, c.tokens, c.heads,
+                                 c.kv_heads, hd};
     portable ? attention_prefill_portable_cuda(a, nullptr) : attention_prefill_cuda(a, nullptr);
     cuda_check(cudaDeviceSynchronize(), "attention_prefill");
     return y.read();
@@ -71,8 +75,7 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
       for (int64_t j = 0; j < n; ++j) {
         double m = 0;
         for (int64_t d = 0; d < hd; ++d) {
-          const double x = double(half_to_float(float_to_half(q[t * q_width + h * hd + d] * scale))) *
-                           half_to_float(k[at + j * width + d]);
+          const double x = double(scale) * half_to_float(q16[t * q_width + h * hd + d]) * half_to_float(k[at + j * width + d]);
           p[j] += x, m += std::abs(x);
         }
         top = std::max(top, p[j]), largest = std::max(largest, m);
@@ -111,17 +114,25 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
 // Both kernels over odd shapes. Returns how many failed.
 inline int check_attentions(bool few) {
   std::vector<AttentionCase> cases;
+  // More tiles than multiprocessors, and tiles of three warpgroups, among those for a sanitizer too.
   for (int64_t hd : {64, 128})
-    for (const AttentionCase& c : std::initializer_list<AttentionCase>{{65, 2, 1, 0, 0},
-                                                                      {128, 1, 1, 0, 0},
-                                                                      {200, 4, 2, 0, 77, 1, false, true},
-                                                                      {300, 3, 3, 0, 1000},
-                                                                      {257, 2, 1, 0, 3, 3},
-                                                                      {190, 4, 4, 0, 130, 2, true, true}}) {
+    for (const AttentionCase& c :
+         std::initializer_list<AttentionCase>{{65, 2, 1, 0, 0},
+                                              {1000, 36, 9, 0, 50, 3, false, true},
+                                              {1700, 1, 1, 0, 0, 1, false, true, true},
+                                              {128, 1, 1, 0, 0},
+                                              {200, 4, 2, 0, 77, 1, false, true, true},
+                                              {300, 3, 3, 0, 1000},
+                                              {257, 2, 1, 0, 3, 3},
+                                              {190, 4, 4, 0, 130, 2, true, true, true},
+                                              {1100, 36, 18, 0, 0, 1, false, true, true},
+                                              {900, 39, 39, 0, 0, 2, true, false, true},
+                                              {2100, 2, 1, 0, 33, 4, true, true},
+                                              {2300, 14, 7, 0, 0, 1, false, true, true}}) {
       cases.push_back(c), cases.back().head_dim = hd;
       if (few && cases.size() % 3 == 0) break;
     }
-  for (int64_t hd : {80, 96, 40}) cases.push_back({few ? 70 : 210, 4, 2, hd, 50, 2});
+  for (int64_t hd : {80, 96, 40}) cases.push_back({few ? 70 : 210, 4, 2, hd, 50, 2, false, false, hd != 96});
   int failed = 0;
   for (bool portable : {false, true}) {
     std::printf("attention%s error/bound:", portable ? " mma.sync" : "");
@@ -153,18 +164,17 @@ inline void time_attention(double peak, bool sweep) {
       const int64_t ctx = start + tokens;
       DeviceBuffer<uint16_t> k(normal_halves(ctx * s.kv_heads * s.head_dim, 1, 1)), v(k.size());
       cuda_check(cudaMemcpy(v.data(), k.data(), k.size() * 2, cudaMemcpyDeviceToDevice), "copy");
-      DeviceBuffer<float> q(tokens * s.heads * s.head_dim), y(q.size());
-      const std::vector<uint16_t> halves = normal_halves(1 << 20, 1, 2);
-      std::vector<float> values(halves.size());
-      for (size_t i = 0; i < values.size(); ++i) values[i] = half_to_float(halves[i]);
+      const int64_t size = tokens * s.heads * s.head_dim;
+      DeviceBuffer<uint16_t> q(size), y(size);
+      const std::vector<uint16_t> values = normal_halves(1 << 20, 1, 2);
       for (size_t at = 0; at < q.size(); at += values.size())
-        cuda_check(cudaMemcpy(q.data() + at, values.data(), std::min(values.size(), q.size() - at) * 4, cudaMemcpyHostToDevice), "q");
+        cuda_check(cudaMemcpy(q.data() + at, values.data(), std::min(values.size(), q.size() - at) * 2, cudaMemcpyHostToDevice), "q");
       std::vector<int32_t> position(tokens);
       std::iota(position.begin(), position.end(), int32_t(start));
       DeviceBuffer<int32_t> p(position), sequence(tokens);
       sequence.fill_byte(0);
-      const AttentionPrefillArgs a{q.data(), {p.data(), sequence.data()}, {k.data(), v.data(), KvType::kF16, ctx}, y.data(), true,
-                                   tokens, s.heads, s.kv_heads, s.head_dim};
+      const AttentionPrefillArgs a{q.data(), true, {p.data(), sequence.data()}, {k.data(), v.data(), KvType::kF16, ctx}, y.data(),
+                                   true, tokens, s.heads, s.kv_heads, s.head_dim};
       const double us = timer.microseconds([&](cudaStream_t t) { attention_prefill_cuda(a, t); }, 5);
       const double flops = 4.0 * double(tokens) * (double(start) + double(tokens) / 2) * double(s.heads * s.head_dim);
       std::printf("%-9s %5lld tokens at %4lld: %9.1f us %4.0f TFLOP/s %.2f", s.name, (long long)tokens, (long long)start, us,
