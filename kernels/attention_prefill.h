@@ -19,7 +19,8 @@ struct AttentionPrefillArgs {
 bool attention_prefill_supported(const KvLayer&, int64_t head_dim);
 // q, the weights of the softmax and, where asked for, y are rounded to fp16. Throws CudaError.
 void attention_prefill_cuda(const AttentionPrefillArgs&, cudaStream_t);
-// The kernel that needs no sm_90a instructions, which the above takes for few tokens, other heads and older devices.
+// The kernel that needs no sm_90a instructions, which the above takes for few tokens, other heads and older
+// devices.
 void attention_prefill_portable_cuda(const AttentionPrefillArgs&, cudaStream_t);
 
 }  // namespace q4s

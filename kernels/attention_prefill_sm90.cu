@@ -1,13 +1,14 @@
-// attention_prefill.h on Hopper for heads of 64 and 128, after FlashAttention-3 (Shah et al., 2024). A tile is 64
-// queries of one head for each consumer warpgroup. A producer warp fills a ring of K and V tiles of 128 positions by
-// TMA, and the next tile's queries while this one is computed: blocks are persistent.
+// attention_prefill.h on Hopper for heads of 64 and 128, after FlashAttention-3 (Shah et al., 2024). A tile
+// is 64 queries of one head for each consumer warpgroup. A producer warp fills a ring of K and V tiles of 128
+// positions by TMA, and the next tile's queries while this one is computed: blocks are persistent.
 //   S (64, 128) = Q K^T    both from shared memory
 //   O (64, hd) = P V       P is S's own registers, V read along its rows
-// A warpgroup has the scores of the next 128 positions and the values of the last ones under way while it is at its
-// softmax. Sums are f32; the order depends on the shapes alone.
+// A warpgroup has the scores of the next 128 positions and the values of the last ones under way while it is
+// at its softmax. Sums are f32; the order depends on the shapes alone.
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <climits>
 
 #include "kernels/attention_prefill_sm90.cuh"
 #include "kernels/attention_prefill_sm90_fetch.cuh"
@@ -31,8 +32,8 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
-// Rows from `row` on of a V tile become zero: no token is there, and 0 * NaN would reach the sums. All warpgroups
-// write the same.
+// Rows from `row` on of a V tile become zero: no token is there, and 0 * NaN would reach the sums. All
+// warpgroups write the same.
 template <class S>
 __device__ void clear_rows(uint8_t* tile, int row, int group, int thread) {
   for (int box = 0; box < S::kBoxes; ++box)
@@ -50,7 +51,9 @@ struct Turns {
     if (group == S::kConsumers - 1) named_barrier_arrive(8, 256);
   }
   __device__ void take() const { named_barrier(8 + group, 256); }
-  __device__ void pass() const { named_barrier_arrive(8 + (group + 1 == S::kConsumers ? 0 : group + 1), 256); }
+  __device__ void pass() const {
+    named_barrier_arrive(8 + (group + 1 == S::kConsumers ? 0 : group + 1), 256);
+  }
 };
 
 template <class S>
@@ -58,7 +61,8 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
                         const typename S::Common* commons) {
   constexpr int kHd = S::kHd;
   const AttentionPrefillArgs& a = p.a;
-  const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128, lane = thread % 32;
+  const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128,
+            lane = thread % 32;
   const int row = group * 64 + thread / 32 * 16 + lane / 4;  // and row + 8
   const int t = lane % 4;
   const Turns<S> turns{group};
@@ -98,7 +102,8 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
       const uint32_t v_low = wgmma_n_address(at.v, S::kBoxBytes) + of_v.stage * (S::kTileBytes / 16);
       wgmma_fence();
 #pragma unroll
-      for (int n = 0; n < kKeys / 16; ++n) WgmmaRs<kHd, 1>::mma(o, w[n], wgmma_k_major_at(v_low + n * 2048 / 16), 1);
+      for (int n = 0; n < kKeys / 16; ++n)
+        WgmmaRs<kHd, 1>::mma(o, w[n], wgmma_k_major_at(v_low + n * 2048 / 16), 1);
       wgmma_commit();
     };
     const auto values_done = [&] {
@@ -158,6 +163,7 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
     };
 
     Walk<S> walk(common);
+    const int last_end = S::kSkips ? common.last_end[group] : INT_MAX;
     scores();
     wgmma_wait<0>();
     scores_done();
@@ -169,7 +175,7 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
     }
     while (true) {
       const int rows = walk.pass.end - walk.first;
-      if (!walk.next()) {
+      if (!walk.next(last_end)) {
         values(rows);
         break;
       }
@@ -180,8 +186,8 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
       wgmma_wait<1>();
       scores_done();
       soften(walk);
-      // A branch that hangs on all of the softmax (sums are never negative): ptxas moves a wait to the top of its
-      // block.
+      // A branch that hangs on all of the softmax (sums are never negative): ptxas moves a wait to the top of
+      // its block.
       if (__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1 || total[0] < 0 || total[1] < 0)) {
         values_done();
 #pragma unroll
@@ -199,6 +205,17 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
       inverse[r] = 1 / total[r];
     }
     values_done();
+    if constexpr (S::kSkips) {
+#pragma unroll 1
+      for (; walk.first < walk.pass.end; walk.first += kKeys) {  // what only others see
+        turns.take(), turns.pass();
+        barrier_wait(at.full_k + of_k.stage * 8, of_k.parity);
+        barrier_wait(at.full_v + of_v.stage * 8, of_v.parity);
+        if (lane == 0)
+          barrier_arrive(at.empty_k + of_k.stage * 8), barrier_arrive(at.empty_v + of_v.stage * 8);
+        of_k.next(), of_v.next();
+      }
+    }
     if (a.y_half) {
       // Through the place of this warpgroup's queries, which are done with.
       named_barrier(1 + group, 128);
@@ -250,7 +267,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       barrier_init(at.full_k + i * 8, 1), barrier_init(at.full_v + i * 8, 1);
-      barrier_init(at.empty_k + i * 8, S::kConsumers * 4), barrier_init(at.empty_v + i * 8, S::kConsumers * 4);
+      barrier_init(at.empty_k + i * 8, S::kConsumers * 4),
+          barrier_init(at.empty_v + i * 8, S::kConsumers * 4);
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(at.full_q + i * 8, p.a.q_half ? 2 : 97);
@@ -284,21 +302,22 @@ void start(const AttentionPrefillArgs& a, cudaStream_t stream) {
                        CU_TENSOR_MAP_SWIZZLE_128B, kManySequences, a.kv.ctx * width * 2});
   };
   const auto token_map = [&](const void* data, int rows) {
-    return tensor_map(
-        {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, data, q_width, a.tokens, q_width * 2, 64, rows, CU_TENSOR_MAP_SWIZZLE_128B});
+    return tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, data, q_width, a.tokens, q_width * 2, 64, rows,
+                       CU_TENSOR_MAP_SWIZZLE_128B});
   };
   Maps maps = {cache_map(a.kv.k), cache_map(a.kv.v), {}, {}};
   if (a.q_half) maps.q = token_map(a.q, S::kQueries);
   if (a.y_half) maps.y = token_map(a.y, 64);
   constexpr int64_t kBandBytes = 32 << 20;
-  const int64_t tiles = ceil_div(a.tokens, S::kQueries), head_bytes = a.kv.ctx * S::kHd * 4 * a.kv_heads / a.heads;
+  const int64_t tiles = ceil_div(a.tokens, S::kQueries),
+                head_bytes = a.kv.ctx * S::kHd * 4 * a.kv_heads / a.heads;
   const int64_t band = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(head_bytes, 1), 1, a.heads);
   const Params p{a, kLog2e / sqrtf(float(S::kHd)), int(tiles), int(band)};
   // With bands the lengths of tiles do not fall from round to round: there the device deals them out.
   const int64_t all = tiles * a.heads,
                 grid = band == a.heads ? std::min<int64_t>(all, device_facts().multiprocessors) : all;
-  launch("attention_prefill_sm90", attention_prefill_sm90_kernel<S>, dim3(unsigned(grid)), S::kThreads, S::kBytes, 1,
-         true, stream, maps, p);
+  launch("attention_prefill_sm90", attention_prefill_sm90_kernel<S>, dim3(unsigned(grid)), S::kThreads,
+         S::kBytes, 1, true, stream, maps, p);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The producer's side of attention_prefill_sm90.cu: which tiles a block computes, what its warpgroups have to know of
-// each, and the loads.
+// The producer's side of attention_prefill_sm90.cu: which tiles a block computes, what its warpgroups have to
+// know of each, and the loads.
 #pragma once
 #include <cuda.h>
 #include <cuda_fp16.h>
@@ -24,7 +24,8 @@ struct Maps {
   CUtensorMap k, v, q, y;  // q and y where they are fp16
 };
 
-// Queries of a tile that share a sequence: `end` positions are seen, all of them by those at `least` and beyond.
+// Queries of a tile that share a sequence: `end` positions are seen, all of them by those at `least` and
+// beyond.
 struct Pass {
   int sequence, end, least;
 };
@@ -43,10 +44,15 @@ struct Shape {
   // What the producer tells the consumers of a tile. At least one pass.
   struct Common {
     int count, position[kQueries], sequence[kQueries];
+    int last_end[kConsumers];  // what a warpgroup sees of the last pass, where kSkips
     Pass pass[kQueries];
   };
   static constexpr int kBytes = kCommon + 2 * int(sizeof(Common));
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160, kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  // Whether a warpgroup leaves out what only others see. With heads of 128 the turns' order wins less than it
+  // costs.
+  static constexpr bool kSkips = kHd == 64;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160,
+                       kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static_assert(kBytes <= 227 * 1024);
 };
 
@@ -54,8 +60,8 @@ struct Shape {
 
 using namespace hopper;
 
-// The n-th tile of this block. Bands of heads; within one the tiles with most positions first. Rounds of tiles go over
-// the blocks forwards and backwards in turn, which evens them out.
+// The n-th tile of this block. Bands of heads; within one the tiles with most positions first. Rounds of
+// tiles go over the blocks forwards and backwards in turn, which evens them out.
 struct Tile {
   int head, first, queries;
   template <class S>
@@ -89,8 +95,9 @@ struct Addresses {
 
 // By one warp.
 template <class S>
-__device__ void find_passes(typename S::Common& c, const AttentionPrefillArgs& a, const Tile& tile, int lane) {
-  constexpr int kEach = S::kQueries / 32;  // rows of a lane
+__device__ void find_passes(typename S::Common& c, const AttentionPrefillArgs& a, const Tile& tile,
+                            int lane) {
+  constexpr int kEach = S::kQueries / 32;  // rows of a lane, a warpgroup's two by two
   int position[kEach], sequence[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
@@ -99,7 +106,8 @@ __device__ void find_passes(typename S::Common& c, const AttentionPrefillArgs& a
     sequence[i] = row < tile.queries ? a.at.sequence[tile.first + row] : -1;
   }
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) c.position[i * 32 + lane] = position[i], c.sequence[i * 32 + lane] = sequence[i];
+  for (int i = 0; i < kEach; ++i)
+    c.position[i * 32 + lane] = position[i], c.sequence[i * 32 + lane] = sequence[i];
   int count = 0;
   while (true) {
     int mine = INT_MAX;  // the least sequence that has no pass
@@ -108,11 +116,21 @@ __device__ void find_passes(typename S::Common& c, const AttentionPrefillArgs& a
       if (sequence[i] >= 0) mine = min(mine, sequence[i]);
     const int s = __reduce_min_sync(~0u, mine);
     if (s == INT_MAX) break;
-    int most = 0, least = INT_MAX, rows = 0;
+    int most = 0, least = INT_MAX, rows = 0, end[S::kConsumers] = {};
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
-      if (sequence[i] == s)
-        most = max(most, position[i] + 1), least = min(least, position[i]), ++rows, sequence[i] = -1;
+      if (sequence[i] == s) {
+        end[i / 2] = max(end[i / 2], position[i] + 1), least = min(least, position[i]);
+        ++rows, sequence[i] = -1;
+      }
+#pragma unroll
+    for (int group = 0; group < S::kConsumers; ++group) {
+      most = max(most, end[group]);
+      if constexpr (S::kSkips) {
+        end[group] = __reduce_max_sync(~0u, end[group]);
+        if (lane == 0) c.last_end[group] = end[group];
+      }
+    }
     most = __reduce_max_sync(~0u, most);
     least = __reduce_min_sync(~0u, least), rows = __reduce_add_sync(~0u, rows);
     // Rows of other sequences must be masked in every tile.
@@ -123,16 +141,16 @@ __device__ void find_passes(typename S::Common& c, const AttentionPrefillArgs& a
   __syncwarp();
 }
 
-// The units of a tile: 128 positions of a pass each.
+// The units of a tile: 128 positions of a pass each, for one who sees `last_end` positions of the last pass.
 template <class S>
 struct Walk {
   const typename S::Common& c;
   int at = 0, first = 0;
   Pass pass;
   __device__ explicit Walk(const typename S::Common& common) : c(common), pass(common.pass[0]) {}
-  __device__ bool next() {
+  __device__ bool next(int last_end = INT_MAX) {
     first += kKeys;
-    if (first < pass.end) return true;
+    if (first < (at + 1 == c.count ? min(pass.end, last_end) : pass.end)) return true;
     if (at + 1 == c.count) return false;
     pass = c.pass[++at];
     first = 0;
@@ -154,12 +172,13 @@ __device__ void convert_queries(const Params& p, uint8_t* base, const Addresses<
       const int row = i / (S::kHd / 8), piece = i % (S::kHd / 8);
       float4 low = make_float4(0, 0, 0, 0), high = low;
       if (row < tile.queries) {
-        const float4* from =
-            reinterpret_cast<const float4*>(q + ((tile.first + row) * p.a.heads + tile.head) * S::kHd + piece * 8);
+        const float4* from = reinterpret_cast<const float4*>(
+            q + ((tile.first + row) * p.a.heads + tile.head) * S::kHd + piece * 8);
         low = from[0], high = from[1];
       }
-      *reinterpret_cast<uint4*>(to + piece / 8 * S::kQueryBox + row * 128 + (piece % 8 ^ row % 8) * 16) = make_uint4(
-          pack_half2(low.x, low.y), pack_half2(low.z, low.w), pack_half2(high.x, high.y), pack_half2(high.z, high.w));
+      *reinterpret_cast<uint4*>(to + piece / 8 * S::kQueryBox + row * 128 + (piece % 8 ^ row % 8) * 16) =
+          make_uint4(pack_half2(low.x, low.y), pack_half2(low.z, low.w), pack_half2(high.x, high.y),
+                     pack_half2(high.z, high.w));
     }
     proxy_fence();
     barrier_arrive(at.full_q + n % 2 * 8);
@@ -179,8 +198,8 @@ __device__ void produce(const Maps& maps, const Params& p, const Addresses<S>& a
       barrier_arrive_expect(full_q, S::kQueryBytes);
 #pragma unroll
       for (int box = 0; box < S::kBoxes; ++box)
-        tma_load(at.q + slot * S::kQueryBytes + box * S::kQueryBox, &maps.q, tile.head * S::kHd + box * 64, tile.first,
-                 full_q);
+        tma_load(at.q + slot * S::kQueryBytes + box * S::kQueryBox, &maps.q, tile.head * S::kHd + box * 64,
+                 tile.first, full_q);
     }
     find_passes<S>(common[slot], p.a, tile, lane);
     if (lane == 0) {

@@ -129,11 +129,11 @@ __device__ inline void tma_load_multicast(uint32_t to, const void* map, int c0, 
       "l"(map), "r"(c0), "r"(c1), "r"(bar), "h"(mask)
       : "memory");
 }
-// The other way: a box of shared memory to a 2-D tensor map, what lies beyond its edges left out. Reads are over after
-// bulk_wait_read() by the thread that committed.
+// The other way: a box of shared memory to a 2-D tensor map, what lies beyond its edges left out. Reads are
+// over after bulk_wait_read() by the thread that committed.
 __device__ inline void tma_store(const void* map, uint32_t from, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
-               "r"(c0), "r"(c1)
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(from), "r"(c0), "r"(c1)
                : "memory");
 }
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -225,8 +225,8 @@ __device__ inline void store_matrices_transposed(uint32_t to, const uint32_t (&v
 }
 // The same with rows as rows.
 __device__ inline void store_matrices(uint32_t to, const uint32_t (&v)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]),
-               "r"(v[2]), "r"(v[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
 }
 
@@ -357,11 +357,12 @@ struct WgmmaSs;
 template <>
 struct WgmmaSs<128> {
   static __device__ void mma(float (&d)[64], uint64_t desc_a, uint64_t desc_b, int accumulate) {
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64
-                 "}, %64, %65, p, 1, 1, 0, 0;\n\t}"
-                 : Q4S_D32(0), Q4S_D32(32)
-                 : "l"(desc_a), "l"(desc_b), "r"(accumulate));
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" Q4S_R8 "," Q4S_R16 "," Q4S_R32 "," Q4S_R64
+        "}, %64, %65, p, 1, 1, 0, 0;\n\t}"
+        : Q4S_D32(0), Q4S_D32(32)
+        : "l"(desc_a), "l"(desc_b), "r"(accumulate));
   }
 };
 

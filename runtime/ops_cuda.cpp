@@ -125,8 +125,8 @@ bool decode_attention(const HeadShape& h, const Counts& counts) {
   return (counts.tokens <= kLinearDecodeTokens || counts.apart) && h.head_dim <= 256;
 }
 
-// Whether this step stores t as fp16, (rows, cols) in the first half of its memory: what the one operation that
-// reads it wants. Between gate|up and down, qkv and attention by tiles, attention and o.
+// Whether this step stores t as fp16, (rows, cols) in the first half of its memory: what the one operation
+// that reads it wants. Between gate|up and down, qkv and attention by tiles, attention and o.
 bool stored_half(const Tensor& t, const CudaStep& s) {
   if (s.observed || t.keep || t.readers != 1 || t.cols % kQ4TileCols != 0) return false;
   const Tensor& reader = *t.reader;
@@ -315,8 +315,8 @@ void run_attention(Tensor& t, const CudaStep& s) {
   const Placement at{t.src[1]->i32(), t.src[2]->i32()};
   const KvLayer kv = s.kv.layer(h.layer);
   if (tiled_attention(h, s.counts, kv))
-    attention_prefill_cuda({t.src[0]->data, stored_half(*t.src[0], s), at, kv, t.data, stored_half(t, s), rows,
-                            h.heads, h.kv_heads, h.head_dim},
+    attention_prefill_cuda({t.src[0]->data, stored_half(*t.src[0], s), at, kv, t.data, stored_half(t, s),
+                            rows, h.heads, h.kv_heads, h.head_dim},
                            s.stream);
   else if (decode_attention(h, s.counts))
     attention_decode_cuda({t.src[0]->f32(), at, kv, t.data, stored_half(t, s), rows, h.heads, h.kv_heads,

@@ -30,8 +30,10 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
     position[t] = int32_t(c.start + order[c.mixed ? t / c.sequences : t % each]);
   }
   std::vector<int64_t> used(c.sequences);
-  for (int64_t t = 0; t < c.tokens; ++t) used[sequence[t]] = std::max<int64_t>(used[sequence[t]], position[t] + 1);
-  std::vector<uint16_t> k = normal_halves(c.sequences * ctx * width, 1, seed + 1), v = normal_halves(k.size(), 1, seed + 2);
+  for (int64_t t = 0; t < c.tokens; ++t)
+    used[sequence[t]] = std::max<int64_t>(used[sequence[t]], position[t] + 1);
+  std::vector<uint16_t> k = normal_halves(c.sequences * ctx * width, 1, seed + 1),
+                        v = normal_halves(k.size(), 1, seed + 2);
   for (int s = 0; s < c.sequences; ++s)  // what no token wrote is not a number
     for (int64_t i = (s * ctx + used[s]) * width; i < (s + 1) * ctx * width; ++i) k[i] = v[i] = 0xffff;
   std::normal_distribution<float> normal;
@@ -48,9 +50,16 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
   const auto run = [&] {
     DeviceBuffer<float> y(q.size() + 2 * kGuard);
     y.fill_byte(0xcd);
-    const AttentionPrefillArgs a{c.q_half ? static_cast<void*>(dq16.data()) : dq.data(), c.q_half, {dp.data(), ds.data()},
-                                 {dk.data(), dv.data(), KvType::kF16, ctx}, y.data() + kGuard, c.y_half, c.tokens, c.heads,
-                                 c.kv_heads, hd};
+    const AttentionPrefillArgs a{c.q_half ? static_cast<void*>(dq16.data()) : dq.data(),
+                                 c.q_half,
+                                 {dp.data(), ds.data()},
+                                 {dk.data(), dv.data(), KvType::kF16, ctx},
+                                 y.data() + kGuard,
+                                 c.y_half,
+                                 c.tokens,
+                                 c.heads,
+                                 c.kv_heads,
+                                 hd};
     portable ? attention_prefill_portable_cuda(a, nullptr) : attention_prefill_cuda(a, nullptr);
     cuda_check(cudaDeviceSynchronize(), "attention_prefill");
     return y.read();
@@ -75,7 +84,8 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
       for (int64_t j = 0; j < n; ++j) {
         double m = 0;
         for (int64_t d = 0; d < hd; ++d) {
-          const double x = double(scale) * half_to_float(q16[t * q_width + h * hd + d]) * half_to_float(k[at + j * width + d]);
+          const double x = double(scale) * half_to_float(q16[t * q_width + h * hd + d]) *
+                           half_to_float(k[at + j * width + d]);
           p[j] += x, m += std::abs(x);
         }
         top = std::max(top, p[j]), largest = std::max(largest, m);
@@ -86,9 +96,9 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
           const double x = half_to_float(v[at + j * width + d]);
           sum[d] += p[j] * x, magnitude[d] += p[j] * std::abs(x), all = std::max(all, std::abs(x));
         }
-      // A score: f32 sums of hd products, truncated within 2^-22 of the magnitudes in each of hd/16 steps; so much its
-      // weight is off, relatively, and 2^-21 by exp2 and the subtraction. Weights are rounded to fp16: 2^-11, and
-      // 2^-25 below its normal range. Sums over n.
+      // A score: f32 sums of hd products, truncated within 2^-22 of the magnitudes in each of hd/16 steps; so
+      // much its weight is off, relatively, and 2^-21 by exp2 and the subtraction. Weights are rounded to
+      // fp16: 2^-11, and 2^-25 below its normal range. Sums over n.
       const double score = largest * (double(hd) / 16 + 2) * 0x1p-22;
       const double weight = score + 0x1p-21 + double(n) * 0x1p-22;
       for (int64_t d = 0; d < hd; ++d) {
@@ -96,11 +106,12 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
         double bound = m * (0x1p-11 + 2 * weight) + double(n) * all * 0x1p-25 / total + 1e-30;
         bound += c.y_half ? std::abs(want) * 0x1p-11 + 0x1p-25 : 0;
         const size_t e = size_t(t * q_width + h * hd + d);
-        const double got = c.y_half ? half_to_float(reinterpret_cast<const uint16_t*>(raw.data() + kGuard)[e]) : raw[kGuard + e];
+        const double got = c.y_half ? half_to_float(reinterpret_cast<const uint16_t*>(raw.data() + kGuard)[e])
+                                    : raw[kGuard + e];
         const double ratio = std::isfinite(got) ? std::abs(got - want) / bound : 1e30;
         if (ratio > 1 && of_thread[thread] <= 1)
-          std::printf("    token %lld head %lld column %lld: got %.6g want %.6g bound %.3g\n", (long long)t, (long long)h,
-                      (long long)d, got, want, bound);
+          std::printf("    token %lld head %lld column %lld: got %.6g want %.6g bound %.3g\n", (long long)t,
+                      (long long)h, (long long)d, got, want, bound);
         of_thread[thread] = std::max(of_thread[thread], ratio);
       }
     }
@@ -168,19 +179,31 @@ inline void time_attention(double peak, bool sweep) {
       DeviceBuffer<uint16_t> q(size), y(size);
       const std::vector<uint16_t> values = normal_halves(1 << 20, 1, 2);
       for (size_t at = 0; at < q.size(); at += values.size())
-        cuda_check(cudaMemcpy(q.data() + at, values.data(), std::min(values.size(), q.size() - at) * 2, cudaMemcpyHostToDevice), "q");
+        cuda_check(cudaMemcpy(q.data() + at, values.data(), std::min(values.size(), q.size() - at) * 2,
+                              cudaMemcpyHostToDevice),
+                   "q");
       std::vector<int32_t> position(tokens);
       std::iota(position.begin(), position.end(), int32_t(start));
       DeviceBuffer<int32_t> p(position), sequence(tokens);
       sequence.fill_byte(0);
-      const AttentionPrefillArgs a{q.data(), true, {p.data(), sequence.data()}, {k.data(), v.data(), KvType::kF16, ctx}, y.data(),
-                                   true, tokens, s.heads, s.kv_heads, s.head_dim};
+      const AttentionPrefillArgs a{q.data(),
+                                   true,
+                                   {p.data(), sequence.data()},
+                                   {k.data(), v.data(), KvType::kF16, ctx},
+                                   y.data(),
+                                   true,
+                                   tokens,
+                                   s.heads,
+                                   s.kv_heads,
+                                   s.head_dim};
       const double us = timer.microseconds([&](cudaStream_t t) { attention_prefill_cuda(a, t); }, 5);
-      const double flops = 4.0 * double(tokens) * (double(start) + double(tokens) / 2) * double(s.heads * s.head_dim);
-      std::printf("%-9s %5lld tokens at %4lld: %9.1f us %4.0f TFLOP/s %.2f", s.name, (long long)tokens, (long long)start, us,
-                  flops / us * 1e-6, flops / us * 1e-6 / peak);
+      const double flops =
+          4.0 * double(tokens) * (double(start) + double(tokens) / 2) * double(s.heads * s.head_dim);
+      std::printf("%-9s %5lld tokens at %4lld: %9.1f us %4.0f TFLOP/s %.2f", s.name, (long long)tokens,
+                  (long long)start, us, flops / us * 1e-6, flops / us * 1e-6 / peak);
       if (sweep && tokens <= 8192) {
-        const double old = timer.microseconds([&](cudaStream_t t) { attention_prefill_portable_cuda(a, t); }, 3);
+        const double old =
+            timer.microseconds([&](cudaStream_t t) { attention_prefill_portable_cuda(a, t); }, 3);
         std::printf("   mma.sync %9.1f us %4.0f TFLOP/s", old, flops / old * 1e-6);
       }
       std::printf("\n");

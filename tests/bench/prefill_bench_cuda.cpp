@@ -182,8 +182,9 @@ std::vector<Rung> rungs(int sms) {
 
 enum class Mode { kCheck, kQuick, kPlain, kSweep, kFew };
 
-int run_attention() {
-  const int failed = check_attentions(false);
+int run_attention(bool check) {
+  const int failed = check_attentions(check);
+  if (check) return failed ? 1 : 0;
   Timer timer;
   DeviceBuffer<uint16_t> x(normal_halves(8192 * 8192, 1, 3));
   DeviceBuffer<float> y(8192 * 8192);
@@ -251,7 +252,7 @@ int run(Mode mode, bool fork_allowed) {
 
 int main(int argc, char** argv) {
   q4s::Mode mode = q4s::Mode::kPlain;
-  bool fork_allowed = true;
+  bool fork_allowed = true, attention = false;
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
     if (a == "--check")
@@ -265,7 +266,7 @@ int main(int argc, char** argv) {
     else if (a == "--no-fork")
       fork_allowed = false;
     else if (a == "--attention")
-      return q4s::run_attention();
+      attention = true;
     else if (a == "--profile" && i + 1 < argc)
       return q4s::profile_gemm(132, std::atoll(argv[i + 1])), 0;
     else
@@ -276,6 +277,7 @@ int main(int argc, char** argv) {
              2;
   }
   try {
+    if (attention) return q4s::run_attention(mode == q4s::Mode::kCheck);
     return q4s::run(mode, fork_allowed);
   } catch (const std::exception& e) {
     std::printf("\n%s\n", e.what());
