@@ -1,5 +1,5 @@
-// The PTX instructions of the decode kernels: asynchronous copies, cluster memory, warp products. Device code
-// only.
+// The PTX instructions of the decode kernels: shared memory by address, barriers, asynchronous copies, warp
+// products. Device code only.
 #pragma once
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -52,6 +52,13 @@ __device__ inline void store_shared(uint32_t at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
 
+// The lane, read again at each use: what follows from it takes no registers in between.
+__device__ inline int lane_again() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // 16 bytes, global to shared, past the registers. Groups complete in order.
 __device__ inline void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -62,13 +69,9 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Barriers in shared memory. On sm_90 a full stage is announced by one thread and completed by the copy
-// engine's bytes; before, by each lane's own copies.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// Barriers in shared memory. A full stage takes arrivals of all lanes of the warp that fills it: each lane's
+// by its own copies; or, on sm_90, all by one that has announced the copy engine's bytes.
 constexpr int kFullArrivals = 32;
-#else
-constexpr int kFullArrivals = 1;
-#endif
 __device__ inline void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -94,6 +97,17 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #undef Q4S_BARRIER_TEST
 }
 
+// Arrives when this lane's asynchronous copies so far have.
+__device__ inline void copies_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// What this thread has read before bulk copies that another thread starts after a barrier write there.
+__device__ inline void bulk_fence() {
+#ifdef Q4S_HOPPER
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // What a lane copies from global to shared memory: 0 or a multiple of 16 bytes.
 struct DecodeCopy {
   uint32_t to;
@@ -110,8 +124,9 @@ __device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint32
   bytes = __reduce_add_sync(0xffffffffu, bytes);
   if (lane == 0)
     asm volatile(
-        "{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
-        "r"(bytes)
+        "{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n"
+        "mbarrier.arrive.shared.b64 state, [%0], %2;\n}" ::"r"(barrier),
+        "r"(bytes), "n"(kFullArrivals - 1)
         : "memory");
   __syncwarp();
 #pragma unroll
@@ -132,7 +147,7 @@ __device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint32
       const uint32_t bytes = __shfl_sync(0xffffffffu, c.bytes, leader);
       for (uint32_t i = lane * 16; i < bytes; i += 512) copy_async(to + i, from + i);
     }
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+  copies_arrive(barrier);
 #endif
 }
 
@@ -146,22 +161,6 @@ __device__ inline void warps_sync() {
 template <int kBarrier, int kThreads>
 __device__ inline void warps_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
-// A float in the shared memory of another block of the cluster, at the address it has here.
-__device__ inline float cluster_read(const float* p, int rank) {
-  float v = 0;
-#ifdef Q4S_HOPPER
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
-#endif
-  return v;
-}
-__device__ inline void cluster_sync() {
-#ifdef Q4S_HOPPER
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
 }
 
 // 1 / v but for an ulp, of normal v below 2^126.

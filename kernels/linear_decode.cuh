@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/linear_decode_attention.cuh"
+#include "kernels/linear_decode_attention_short.cuh"
 #include "kernels/linear_decode_output.cuh"
 #include "kernels/linear_decode_tiles.cuh"
 #include "kernels/pdl.cuh"
@@ -88,8 +89,9 @@ struct DecodeMultiplier {
   }
 };
 
-// kTokens: up to 4, 8 or 16.
-template <class Tile, int kTokens, int kProducts>
+// kTokens: up to 4, 8 or 16. kShared: blocks share out the caches of a chain's attention; else each makes
+// that of one head, over a short context, in a kernel that is quicker throughout for having less in it.
+template <class Tile, int kTokens, int kProducts, bool kShared>
 __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
     linear_decode_kernel(const __grid_constant__ LinearDecodeParams<kProducts> p) {
   extern __shared__ __align__(128) uint8_t shared[];
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
   __syncthreads();
 
   if (warp == kDecodeWarps + kDecodeReducers) {
-    linear_decode_produce<Tile>(p, ring, lane);
+    linear_decode_produce<Tile, kShared>(p, ring, lane);
     return;
   }
   if (p.count == 1) pdl_trigger();
@@ -116,27 +118,32 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
     return;
   }
   constexpr bool kAttends = kProducts > 1;  // chains
-  DecodePlace* const place = reinterpret_cast<DecodePlace*>(shared + c.place);
-  const bool attends = kAttends && int(blockIdx.x) < p.heads * p.tokens;
+  using Place = std::conditional_t<kShared, DecodePlace, DecodeHead>;
+  Place* const place = reinterpret_cast<Place*>(shared + c.place);
+  const bool attends =
+      kAttends && int(blockIdx.x) < p.attention.pairs * (kShared ? p.attention.sharers : p.attention.queries);
   if constexpr (kAttends) {
-    if (attends && threadIdx.x == 0) *place = DecodePlace(p.heads, p.kv_heads, p.position, p.sequence);
+    if (attends && threadIdx.x == 0) *place = Place(p.attention);
     warps_sync<1, kDecodeWarps * 32>();
   }
   uint32_t parities = 0;
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
-    if constexpr (kAttends) {
+    if constexpr (kShared) {
+      if (attends && place->parts > 0 && p.product[i].attends)
+        DecodeAttention<LinearDecodeParams<kProducts>>(p, i, *place, shared + c.x, first, warp).run(ring);
+    } else if constexpr (kAttends) {
       if (attends && i + 1 < p.count && p.product[i + 1].attends)
-        linear_decode_attend_prefetch(p.product[i], *place, warp, lane);
+        linear_decode_prefetch_short(p.product[i], *place, warp, lane);
       if (attends && p.product[i].attends)
-        linear_decode_attend(p.product[i - 1], *place, const_cast<Packet*>(p.product[i].x_packets),
-                             first + uint32_t(i), reinterpret_cast<float*>(shared + c.x), warp, lane);
+        linear_decode_attend_short(p.product[i - 1], *place, const_cast<Packet*>(p.product[i].x_packets),
+                                   first + uint32_t(i), reinterpret_cast<float*>(shared + c.x), warp, lane);
     }
 #pragma unroll 1
     for (int phase = 0; phase < p.product[i].part.phases; ++phase) {
       const auto run = [&](auto scales) {
         DecodeMultiplier<Tile, decltype(scales)::value, kTokens, LinearDecodeParams<kProducts>>{
-            p, shared, first, warp, lane}
+            p, shared, first, warp, kShared ? lane_again() : lane}
             .run(ring, parities, i, phase);
       };
       if constexpr (Tile::kBits == 16) {
@@ -161,8 +168,7 @@ struct LinearDecodeLaunch {
   LinearDecodeConfig config;
   int tokens, ahead, ahead_next;
   uint32_t* done;
-  const int32_t *position, *sequence;  // (tokens) of a chain that attends
-  int heads, kv_heads;                 // its; else 0
+  LinearDecodeAttention attention;
 };
 
 template <int kProducts, class Kernel>
@@ -172,8 +178,7 @@ void launch_linear_decode(Kernel kernel, const LinearDecodeLaunch& l,
   static_assert(sizeof p <= 32764, "what a kernel takes");
   std::copy(products.begin(), products.end(), p.product);
   p.count = int(products.size()), p.tokens = l.tokens, p.ahead = l.ahead, p.ahead_next = l.ahead_next;
-  p.done = l.done, p.config = l.config;
-  p.position = l.position, p.sequence = l.sequence, p.heads = l.heads, p.kv_heads = l.kv_heads;
+  p.done = l.done, p.config = l.config, p.attention = l.attention;
   launch("linear_decode", kernel, dim3(unsigned(l.config.blocks)), (kDecodeWarps + kDecodeReducers + 1) * 32,
          size_t(l.config.shared), 1, pdl, stream, p);
 }
@@ -184,15 +189,20 @@ void launch_linear_decode(const LinearDecodeLaunch& l, const std::vector<LinearD
   constexpr int kShort = 4;
   static_assert(kLinearDecodeChainTokens <= 4, "the tokens of the kernels of chains");
   const int tokens = l.config.tokens;
+  const bool shared = l.attention.sharers > 0;
   if (products.size() > kShort)
-    launch_linear_decode<kLinearDecodeChain>(linear_decode_kernel<Tile, 4, kLinearDecodeChain>, l, products,
-                                             stream, pdl);
+    launch_linear_decode<kLinearDecodeChain>(shared
+                                                 ? linear_decode_kernel<Tile, 4, kLinearDecodeChain, true>
+                                                 : linear_decode_kernel<Tile, 4, kLinearDecodeChain, false>,
+                                             l, products, stream, pdl);
   else if (tokens <= 4)
-    launch_linear_decode<kShort>(linear_decode_kernel<Tile, 4, kShort>, l, products, stream, pdl);
+    launch_linear_decode<kShort>(
+        shared ? linear_decode_kernel<Tile, 4, kShort, true> : linear_decode_kernel<Tile, 4, kShort, false>,
+        l, products, stream, pdl);
   else
     launch_linear_decode<1>(
-        tokens <= 8 ? linear_decode_kernel<Tile, 8, 1> : linear_decode_kernel<Tile, 16, 1>, l, products,
-        stream, pdl);
+        tokens <= 8 ? linear_decode_kernel<Tile, 8, 1, false> : linear_decode_kernel<Tile, 16, 1, false>, l,
+        products, stream, pdl);
 }
 
 // int4: linear_q4_decode.cu. int8 and fp16: linear_q8_decode.cu.

@@ -1,15 +1,16 @@
-// Products y = f(x * W^T) for a few tokens, those that follow each other in one kernel, with attention over a
-// short context between them: a decoding step at the speed of the memory.
+// Products y = f(x * W^T) for a few tokens, those that follow each other in one kernel, with attention
+// between them: a decoding step at the speed of the memory.
 //
 // Prologue: with `gain`, x is normalised first (rms_norm.h). Epilogue: a residual is added; or silu(gate) *
 // up is made of a stacked gate|up product (weight packed with RowMap::kPairHalves); or a stacked qkv product
 // is rotated and its k and v appended to the cache (RowMap::kRope). Everything is in device memory; positions
 // are read there.
 //
-// Values: x is rounded to 16 significant bits. For integer codes each 128 columns of it are then rounded to integers below 32640, the largest of them,
-// and the sums of a group of codes are exact; for fp16 weights x is rounded to fp16 under a power of two for
-// each 128 columns, so that no x is too large. These sums are added in f32, in an order that depends on K
-// alone. An x that is no number makes every output of its token none.
+// Values: x is rounded to 16 significant bits. For integer codes each 128 columns of it are then rounded to
+// integers below 32640, the largest of them, and the sums of a group of codes are exact; for fp16 weights x
+// is rounded to fp16 under a power of two for each 128 columns, so that no x is too large. These sums are
+// added in f32, in an order that depends on K alone. An x that is no number makes every output of its token
+// none.
 #pragma once
 #include "kernels/cuda_stream.h"
 #include "kernels/q4_tiles.h"
@@ -39,6 +40,7 @@ struct LinearDecodeArgs {
   bool attends = false;  // in a chain: x, which nobody else sees then, is attention over what the product
                          // before it made (kRopeKv) and over older rows of its cache, each token of another
                          // sequence
+  int64_t longest = 0;   // with `attends`: no position reaches this
   // kRopeKv, as in RopeKvArgs; head_dim is the layout's.
   const float* table = nullptr;  // (ctx, head_dim/2, 2) cos, sin
   Placement at{};                // (T) each
@@ -54,14 +56,18 @@ int64_t linear_decode_most_tokens(int bits);
 constexpr size_t kLinearDecodeChain = 128;
 constexpr int64_t kLinearDecodeChainTokens = 4;
 constexpr int64_t kLinearDecodeChainColumns = 32768;  // most of y where a product follows
-constexpr size_t kLinearDecodeExchange =
-    4096 + 5 * kLinearDecodeChainTokens * kLinearDecodeChainColumns * 4;
-// Positions up to which attention in a chain, a block for each token and head, beats a kernel of its own.
-constexpr int64_t kLinearDecodeReach = 256;
+// Contexts up to which a block makes the attention of a head alone; beyond, blocks share it out.
+constexpr int64_t kLinearDecodeShort = 256;
+// Most blocks among which a chain shares out attention, and the packets of 16 bytes that each hands to those
+// it shares with.
+constexpr int64_t kLinearDecodeAttend = 256, kLinearDecodeAttendPackets = 8 * (128 / 4 + 1);
+constexpr size_t kLinearDecodeExchange = 4096 + 5 * kLinearDecodeChainTokens * kLinearDecodeChainColumns * 4 +
+                                         kLinearDecodeAttend * kLinearDecodeAttendPackets * 16;
 // Groups of 32, of 64 times a power of two, or whole rows; a slice of x must fit a block.
 bool linear_decode_supported(const Q4Layout&);
 
-// Whether a product may follow another in a chain: for attention, caches in fp16 and heads of up to 128.
+// Whether a product may follow another in a chain: for attention, caches in fp16, heads of a
+// multiple of 16 up to 128, up to 8 of them to a kv head.
 bool linear_decode_follows(const LinearDecodeArgs& next, const LinearDecodeArgs& last);
 
 // Runs a chain of `count` products in their order. x and residual of a product may be y of the one before it,

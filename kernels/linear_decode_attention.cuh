@@ -1,202 +1,300 @@
-// Attention of a chain's tokens over short contexts, between the product that makes q, k and v and the one
-// that takes its result: a block for each token and head. Device code.
+// Attention of a chain's tokens, between the product that makes q, k and v and the one that takes its result.
+// Blocks share out the cache, which comes through their rings of weights, long before q is there. Device
+// code.
+//
+// Warps take tiles of 16 positions in turn, each with an online softmax of its own (Milakov, Gimelshein
+// 2018). Both products run on mma.m16n8k16, with four query heads of a kv head as columns twice: q and the
+// weights P are sums of two fp16 numbers each.
+//   S^T (16 positions, 8) = K (16, hd) Q^T       K by ldmatrix
+//   O^T (hd, 8)           = V^T (hd, 16) P^T     V by a transposing ldmatrix, P^T by movmatrix from S^T
+// The warps' sums meet in shared memory, those of blocks that share a cache as packets, of which each block
+// adds some columns.
 #pragma once
 #include "kernels/linear_decode_ring.cuh"
 
 namespace q4s {
 
-// kRows times eight neighbouring values out of packets, all asked for again until all are there.
-template <int kRows>
-__device__ inline void wait_packets(float (&v)[kRows][8], const Packet* const (&from)[kRows],
-                                    uint32_t number) {
-  Packet p[2 * kRows];
-  bool all;
-  do {
-#pragma unroll
-    for (int i = 0; i < 2 * kRows; ++i) p[i] = load_packet(from[i / 2] + i % 2);
-    all = true;
-#pragma unroll
-    for (int i = 0; i < 2 * kRows; ++i) all = all && p[i].w == number;
-  } while (!all);
-#pragma unroll
-  for (int i = 0; i < 2 * kRows; ++i) {
-    const float4 four = packet_values(p[i]);
-    float* const to = &v[i / 2][i % 2 * 4];
-    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+// The warps that multiply, through the attention of a layer. Short code: it is cold each time.
+template <class Params>
+class DecodeAttention {
+ public:
+  // product: that takes the result; the one before it made q, k and v. shared: a LinearDecodeMeeting, free
+  // once all warps are here. first: number of the chain's first product.
+  __device__ DecodeAttention(const Params& params, int product, const DecodePlace& place, uint8_t* shared,
+                             uint32_t first, int warp)
+      : p(params),
+        place_(place),
+        shared_(shared),
+        product_(product),
+        warp_(warp),
+        first_(first),
+        dim_(params.attention.head_dim),
+        queries_(params.attention.queries) {}
+
+  __device__ void run(LinearDecodeRing& ring) const {
+    warps_sync<1, kDecodeWarps * 32>();
+    stage_queries();
+    warps_sync<1, kDecodeWarps * 32>();
+    attend(ring);
+    warps_sync<1, kDecodeWarps * 32>();
+    meet();
+    if (place_.parts > 1) add_parts();
   }
-}
-__device__ inline void halves_to_floats(float (&v)[8], const uint4& h) {
-  const __half2* two = reinterpret_cast<const __half2*>(&h);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 f = __half22float2(two[i]);
-    v[2 * i] = f.x, v[2 * i + 1] = f.y;
+
+ private:
+  static constexpr int kSteps = 8;        // of 16 dims
+  static constexpr float kNone = -1e30f;  // below all scores
+
+  __device__ uint32_t number() const { return first_ + uint32_t(product_); }  // of the packets of the result
+  // The first part has the token's own row as well.
+  __device__ bool own() const { return place_.part == 0; }
+
+  // What two halves lack of the values that they were rounded from.
+  __device__ static uint32_t pack_rest(float low, float high, uint32_t halves) {
+    const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&halves));
+    return pack_half2(low - f.x, high - f.y);
   }
-}
 
-// Softmax on the way (Milakov, Gimelshein 2018) of the positions that some lanes have seen: the largest
-// score, the sum of exponentials below it, and the sum of their values' eight columns of this lane.
-struct DecodeSoftmax {
-  float most = -1e30f, sum = 0, value[8] = {};
-
-  __device__ void rescale(float to) {
-    const float by = exp2f(most - to);
-    most = to, sum *= by;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] *= by;
+  // q, scaled for exponentials that are powers of two, and the own row of K and V, from packets: one a lane.
+  __device__ void stage_queries() const {
+    const LinearDecodeMeeting& meeting = p.attention.meeting;
+    const LinearDecodeProduct& from = p.product[product_ - 1];
+    const int kv_heads = p.attention.kv_heads, shift = meeting.shift - 2;
+    const int i = warp_ * 32 + lane_again(), h = i >> shift, d = (i & ((1 << shift) - 1)) * kPacketValues;
+    const int of_own = h - queries_;  // 0: K, 1: V
+    static_assert((kDecodeQueries + 2) * 128 / kPacketValues <= kDecodeWarps * 32, "all at once");
+    if (h >= queries_ + (own() ? 2 : 0)) return;
+    float4 f = make_float4(0, 0, 0, 0);
+    if (d < dim_) {
+      const int row =
+          of_own < 0 ? place_.kv_head * queries_ + h : kv_heads * (queries_ + of_own) + place_.kv_head;
+      const Packet* const at = from.y_packets + (place_.token * from.n + row * dim_ + d) / kPacketValues;
+      Packet packet;
+      do packet = load_packet(at);
+      while (packet.w != number() - 1);
+      const float by = of_own < 0 ? rsqrtf(float(dim_)) * 1.44269504f : 1.0f;
+      f = packet_values(packet);
+      f = make_float4(f.x * by, f.y * by, f.z * by, f.w * by);
+    }
+    const int row = (h & ~(kDecodeOperand - 1)) + h;
+    uint8_t* const to =
+        shared_ + d * 2 + (of_own < 0 ? row * meeting.pitch : meeting.own + of_own * meeting.pitch);
+    const uint2 halves = make_uint2(pack_half2(f.x, f.y), pack_half2(f.z, f.w));
+    *reinterpret_cast<uint2*>(to) = halves;
+    if (of_own < 0)
+      *reinterpret_cast<uint2*>(to + kDecodeOperand * meeting.pitch) =
+          make_uint2(pack_rest(f.x, f.y, halves.x), pack_rest(f.z, f.w, halves.y));
   }
-  __device__ void add(float score, const float (&v)[8]) {  // score no larger than `most`
-    const float weight = exp2f(score - most);
-    sum += weight;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] += weight * v[e];
-  }
-  __device__ void add_lanes(int apart) {
-    rescale(fmaxf(most, __shfl_xor_sync(0xffffffffu, most, apart)));
-    sum += __shfl_xor_sync(0xffffffffu, sum, apart);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] += __shfl_xor_sync(0xffffffffu, value[e], apart);
-  }
-};
 
-// Whose attention a block makes.
-struct DecodePlace {
-  int token, head, kv_head;
-  int position, sequence;  // of the token
+  // Which operand a warp has, and which warp with this operand it is.
+  __device__ int operand() const { return warp_ & (p.attention.meeting.operands - 1); }
+  __device__ int nth() const { return warp_ >> (p.attention.meeting.operands - 1); }
 
-  __device__ DecodePlace(int heads, int kv_heads, const int32_t* positions, const int32_t* sequences)
-      : token(int(blockIdx.x) / heads),
-        head(int(blockIdx.x) % heads),
-        kv_head(head / (heads / kv_heads)),
-        position(__ldcg(positions + token)),
-        sequence(__ldcg(sequences + token)) {}
-};
-
-// Where a lane finds the cache. A run of 8 or 16 lanes has a position at a time, each lane eight columns of
-// it; warp 0 has none of the cache.
-struct DecodeCache {
-  const __half *k, *v;  // row 0, this lane's columns
-  int lanes, runs;      // of a run; runs in a block
-  int first, sub;       // the warp's first run, this lane's among its runs
-  int column, row;      // halves from position to position
-  bool mine;            // this lane has columns
-
-  __device__ DecodeCache(const LinearDecodeProduct& from, const DecodePlace& place, int warp, int lane) {
-    const int dim = from.head_dim, shift = dim > 64 ? 4 : 3;
-    lanes = 1 << shift, runs = (kDecodeWarps - 1) * 32 >> shift;
-    first = (warp - 1) * 32 >> shift, sub = lane >> shift;
-    column = (lane & (lanes - 1)) * 8, row = from.kv_heads * dim, mine = column < dim;
-    const int64_t at = place.sequence * from.kv.ctx * row + place.kv_head * dim + (mine ? column : 0);
-    k = static_cast<const __half*>(from.kv.k) + at, v = static_cast<const __half*>(from.kv.v) + at;
-  }
-};
-
-// Rows of the cache on their way to L2, long before they are asked for.
-__device__ inline void linear_decode_attend_prefetch(const LinearDecodeProduct& from,
-                                                     const DecodePlace& place, int warp, int lane) {
-  const DecodeCache c(from, place, warp, lane);
-  if (warp == 0 || c.column % 64 != 0 || !c.mine) return;
+  // This warp's tiles, and its sums to where all meet.
+  __device__ void attend(LinearDecodeRing& ring) const {
+    const LinearDecodeBox& box = p.attention.box;
+    const int warps = p.config.attend_warps;
+    // Of the columns 2t and 2t + 1; of values dims 16c + g and that + 8.
+    float most[2] = {kNone, kNone}, sum[2] = {}, value[kSteps][4] = {};
+    // The own row is tile -1, of a warp with few others: all rows of its matrices are the same, of which one
+    // counts.
+    int mine = nth();
+    if (own() && mine == min(place_.stages * box.tiles, warps - 1))
+      mine = -1;
+    else if (mine >= warps)
+      mine = 1 << 30;
 #pragma unroll 1
-  for (int at = c.first + c.sub; at < place.position; at += c.runs) {
-    prefetch_l2(c.k + int64_t(at) * c.row);
-    prefetch_l2(c.v + int64_t(at) * c.row);
-  }
-}
-
-// from: the product that made q, k and v, whose packets bear number - 1; out: packets of the result, to bear
-// `number`. Rows of the cache older than a token's own are those of earlier launches; its own comes as
-// packets too. meet: (kDecodeWarps, head_dim + 2) floats of shared memory, free once all warps are here.
-// head_dim: a multiple of 8 up to 128.
-//
-// Short code on purpose: it is cold each time.
-__device__ inline void linear_decode_attend(const LinearDecodeProduct& from, const DecodePlace& place,
-                                            Packet* out, uint32_t number, float* meet, int warp, int lane) {
-  constexpr int kTile = 2, kAhead = 2 * kTile;  // positions of a run at a time, and with those on their way
-  const DecodeCache c(from, place, warp, lane);
-  const int dim = from.head_dim, position = place.position;
-  const bool mine = c.mine;
-  const float scale = rsqrtf(float(dim)) * 1.44269504f;  // exponentials are powers of two
-  const auto score = [&](const float(&query)[8], const float(&key)[8]) {
-    float s = 0;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) s += query[e] * key[e];
-#pragma unroll
-    for (int d = 8; d > 0; d /= 2)
-      if (d < c.lanes) s += __shfl_xor_sync(0xffffffffu, s, d);
-    return s * scale;
-  };
-  const Packet* const made = from.y_packets + (place.token * from.n + c.column) / kPacketValues;
-  const Packet* const q_from = made + place.head * dim / kPacketValues;
-
-  DecodeSoftmax softmax;
-  if (warp == 0) {  // the token's own row
-    float rows[3][8] = {};
-    const Packet* const own = made + (from.heads + place.kv_head) * dim / kPacketValues;
-    if (mine) wait_packets(rows, {q_from, own, own + c.row / kPacketValues}, number - 1);
-    softmax.most = score(rows[0], rows[1]);
-    softmax.add(softmax.most, rows[2]);
-  } else if (c.first < position) {
-    uint4 keys[kAhead] = {}, values[kAhead] = {};
-    const auto load = [&](int j, int at) {
-      if (at >= position) return;  // for all of the warp
-      const int64_t row = int64_t(min(at + c.sub, position - 1)) * c.row;
-      keys[j] = __ldcg(reinterpret_cast<const uint4*>(c.k + row));
-      values[j] = __ldcg(reinterpret_cast<const uint4*>(c.v + row));
-    };
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) load(j, c.first + j * c.runs);
-    float q[1][8] = {};
-    if (mine) wait_packets(q, {q_from}, number - 1);
-    __syncwarp();
+    for (int s = mine < 0 ? -1 : 0; s < *const_cast<const volatile int*>(&place_.stages); ++s) {
+      if (s >= 0) ring.wait_full();
 #pragma unroll 1
-    for (int at = c.first; at < position; at += kTile * c.runs) {
-      float scores[kTile], most = softmax.most;
-#pragma unroll
-      for (int j = 0; j < kTile; ++j) {
-        float key[8];
-        halves_to_floats(key, keys[j]);
-        scores[j] = score(q[0], key);
-        if (at + j * c.runs + c.sub < position) most = fmaxf(most, scores[j]);
+      while (mine < (s + 1) * box.tiles) {
+        add_tile(s, mine - s * box.tiles, ring.stage(), most, sum, value);
+        mine = mine < 0 ? nth() : mine + warps;
       }
-      softmax.rescale(most);
+      if (s < 0) continue;
+      mbarrier_arrive(ring.empty());
+      ring.next();
+    }
+    hand_in(most, sum, value);
+  }
+
+  // Tile `row` of the part's stage `nth`, which is at `stage`; nth < 0: the own row. Matrices go beyond
+  // head_dim, to other rows of this cache, or sums that nobody takes: q is 0 there, and no value is stored.
+  __device__ void add_tile(int nth, int row, uint32_t stage, float (&most)[2], float (&sum)[2],
+                           float (&value)[kSteps][4]) const {
+    const LinearDecodeMeeting& meeting = p.attention.meeting;
+    const LinearDecodeBox& box = p.attention.box;
+    const int lane = lane_again();
+    // Addresses that this lane gives for the first matrices; whether its positions count.
+    const int head = min(lane & 3, min(queries_ - operand() * kDecodeOperand, kDecodeOperand) - 1);
+    const uint32_t q = shared_address(shared_) +
+                       (operand() * 2 * kDecodeOperand + (lane & 4) + head) * meeting.pitch +
+                       (lane >> 3) * 16;
+    uint32_t k = shared_address(shared_ + meeting.own), v = k + meeting.pitch;
+    bool low = lane < 4, high = false;
+    if (nth >= 0) {
+      const int first = place_.begin + nth * box.positions() + row;
+      if (first >= place_.end) return;
+      const int position = first + (lane >> 2) * 2 * box.tiles;
+      low = position < place_.end, high = position + box.tiles < place_.end;
+      stage += row * 2 * dim_ + (lane & 7) * box.region;
+      k = stage + (lane >> 3 & 1) * box.half, v = stage + (2 + (lane >> 4)) * box.half;
+    }
+    k += (lane >> 4) * 16, v += (lane >> 3 & 1) * 16;
+    float s[2][4] = {};  // two chains, for latency
 #pragma unroll
-      for (int j = 0; j < kTile; ++j) {
-        float value[8];
-        halves_to_floats(value, values[j]);
-        if (at + j * c.runs + c.sub < position) softmax.add(scores[j], value);
-      }
+    for (int c = 0; c < kSteps; c += 2) {
+      if (c == kSteps / 2 && dim_ <= kSteps / 2 * 16) break;
+      uint32_t a[2][4], b[4];
+      load_matrices<false>(b, q + 32 * c);
+      load_matrices<false>(a[0], k + 32 * c);
+      load_matrices<false>(a[1], k + 32 * c + 32);
+      mma_16816(s[0], a[0], b[0], b[1]);
+      mma_16816(s[1], a[1], b[2], b[3]);
+    }
+    float shrink[2];
 #pragma unroll
-      for (int j = 0; j < kTile; ++j) {
-        keys[j] = keys[kTile + j], values[j] = values[kTile + j];
-        load(kTile + j, at + (kAhead + j) * c.runs);
+    for (int h = 0; h < 2; ++h) {
+      float x = s[0][h] + s[1][h], y = s[0][h + 2] + s[1][h + 2];
+      x += __shfl_xor_sync(0xffffffffu, x, 2);  // the other part of q
+      y += __shfl_xor_sync(0xffffffffu, y, 2);
+      x = low ? x : -INFINITY, y = high ? y : -INFINITY;
+      float top = fmaxf(x, y);
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+      top = fmaxf(top, most[h]);
+      shrink[h] = exp2f(most[h] - top);
+      most[h] = top;
+      s[0][h] = exp2f(x - top), s[0][h + 2] = exp2f(y - top);
+      sum[h] = sum[h] * shrink[h] + (s[0][h] + s[0][h + 2]);
+    }
+    uint32_t weights[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      weights[i] = pack_half2(s[0][2 * i], s[0][2 * i + 1]);
+      const uint32_t rest = pack_rest(s[0][2 * i], s[0][2 * i + 1], weights[i]);
+      weights[i] = transpose_8x8(lane_again() & 2 ? rest : weights[i]);
+    }
+#pragma unroll
+    for (int c = 0; c < kSteps; ++c) {
+      if (c == kSteps / 2 && dim_ <= kSteps / 2 * 16) break;
+      uint32_t a[4];
+      load_matrices<true>(a, v + 32 * c);
+      value[c][0] *= shrink[0], value[c][1] *= shrink[1], value[c][2] *= shrink[0], value[c][3] *= shrink[1];
+      mma_16816(value[c], a, weights[0], weights[1]);
+    }
+    bulk_fence();
+  }
+
+  // Of a warp and head: head_dim values, largest score, sum of weights.
+  __device__ float* sums(int warp, int head) const {
+    const LinearDecodeMeeting& meeting = p.attention.meeting;
+    return reinterpret_cast<float*>(shared_ + meeting.sums +
+                                    (warp * meeting.heads + head) * meeting.sums_pitch);
+  }
+  __device__ void hand_in(const float (&most)[2], float (&sum)[2], float (&value)[kSteps][4]) const {
+    const int lane = lane_again(), g = lane >> 2, t = lane & 3;
+    const bool there = nth() < p.config.attend_warps;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (h >= queries_) break;
+      float* const to = sums(warp_, 2 * t + h) + g;
+      const bool mine = there && 2 * t + h < p.attention.meeting.heads;
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], d);
+      if (mine && g == 0) to[dim_] = most[h], to[dim_ + 1] = sum[h];
+#pragma unroll
+      for (int c = 0; c < kSteps; ++c) {
+        if (c * 16 >= dim_) break;
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          value[c][h + i] +=
+              __shfl_xor_sync(0xffffffffu, value[c][h + i], 2);  // the other part of the weights
+          if (mine) to[16 * c + 4 * i] = value[c][h + i];
+        }
       }
     }
-    for (int apart = 16; apart >= c.lanes; apart /= 2) softmax.add_lanes(apart);
   }
 
-  warps_sync<1, kDecodeWarps * 32>();  // all have done with what was in this memory
-  const int pitch = dim + 2;
-  if (lane < c.lanes && mine) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) meet[warp * pitch + c.column + e] = softmax.value[e];
-    if (lane == 0) meet[warp * pitch + dim] = softmax.most, meet[warp * pitch + dim + 1] = softmax.sum;
+  // Packets of a part for each query head: head_dim values; largest score and sum of weights.
+  __device__ Packet* part_packets(int part, int head) const {
+    return p.attention.parts + (place_.pair * p.attention.sharers + part) * kLinearDecodeAttendPackets +
+           head * (dim_ / kPacketValues + 1);
   }
-  warps_sync<1, kDecodeWarps * 32>();
-  if (warp * 32 >= dim) return;
-  // Lanes w and w + 16 weigh what warp w found.
-  const float found = meet[lane % kDecodeWarps * pitch + dim];
-  float most = found;
-  for (int d = 8; d > 0; d /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, d));
-  const float weight = exp2f(found - most);
-  float sum = weight * meet[lane % kDecodeWarps * pitch + dim + 1];
-  for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-  const int d = warp * 32 + lane;
-  float value = 0;
+  __device__ Packet* result(int head, int d) const {
+    return const_cast<Packet*>(p.product[product_].x_packets) +
+           ((place_.pair * queries_ + head) * dim_ + d) / kPacketValues;
+  }
+
+  // Adds what the warps found that had tiles, a warp 32 columns at a time.
+  __device__ void meet() const {
+    const LinearDecodeMeeting& meeting = p.attention.meeting;
+    const int lane = lane_again(), shift = meeting.shift - 5, nth = lane & (kDecodeWarps - 1);
+    const int found = min(p.config.attend_warps, place_.stages * p.attention.box.tiles + own());
+#pragma unroll 1
+    for (int task = warp_; task < queries_ << shift; task += kDecodeWarps) {
+      const int h = task >> shift, d = (task & ((1 << shift) - 1)) * 32 + lane;
+      const int step = meeting.operands * meeting.heads * meeting.sums_pitch / 4;
+      const float* const of = sums(h / kDecodeOperand, h % kDecodeOperand);
+      const bool one = nth < found;
+      const float* const about = of + nth * step + dim_;
+      const float its = one ? about[0] : kNone;
+      float most = its;
+#pragma unroll
+      for (int x = 8; x > 0; x /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, x));
+      most = packet_round(most);
+      const float weight = exp2f(its - most);
+      float sum = one ? weight * about[1] : 0, value = 0;
+#pragma unroll
+      for (int x = 8; x > 0; x /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, x);
 #pragma unroll 4
-  for (int w = 0; w < kDecodeWarps; ++w)
-    value += __shfl_sync(0xffffffffu, weight, w) * meet[w * pitch + min(d, dim - 1)];
-  Packet* const to = out + ((place.token * from.heads + place.head) * dim + d) / kPacketValues;
-  store_packets<1>(to, value / sum, number, lane, d < dim);
-}
+      for (int w = 0; w < found; ++w)
+        value += __shfl_sync(0xffffffffu, weight, w) * of[w * step + min(d, dim_ - 1)];
+      const bool alone = place_.parts == 1;
+      Packet* const part = part_packets(place_.part, h);
+      store_packets<1>(alone ? result(h, d) : part + d / kPacketValues,
+                       alone ? __fdividef(value, sum) : value, number(), lane, d < dim_);
+      if (!alone && d == 0) store_packet(part + dim_ / kPacketValues, {most, sum, 0, 0}, number());
+    }
+  }
+
+  // Adds what the blocks found that share this cache: of every so many-th eight columns. Lanes i and 16 + i
+  // have four columns each of part i.
+  __device__ void add_parts() const {
+    const int lane = lane_again(), parts = place_.parts, shift = p.attention.meeting.shift - 3;
+    const int part = min(lane & 15, parts - 1);
+    static_assert(kDecodeSharers == 16, "lanes for the parts");
+#pragma unroll 1
+    for (int block = place_.part + warp_ * parts; block < queries_ << shift; block += kDecodeWarps * parts) {
+      const int h = block >> shift, d = (block & ((1 << shift) - 1)) * 8 + (lane >> 4) * kPacketValues;
+      if (d >= dim_) continue;  // for all lanes
+      const Packet* const from = part_packets(part, h);
+      Packet about, values;
+      do about = load_packet(from + dim_ / kPacketValues), values = load_packet(from + d / kPacketValues);
+      while (!__all_sync(0xffffffffu, about.w == number() && values.w == number()));
+      const float4 its = packet_values(about), v = packet_values(values);
+      const float top = (lane & 15) < parts ? its.x : kNone;
+      float most = top;
+#pragma unroll
+      for (int x = 8; x > 0; x /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, x));
+      const float weight = exp2f(top - most);  // parts that do not exist weigh nothing
+      float sums[5] = {v.x * weight, v.y * weight, v.z * weight, v.w * weight, its.y * weight};
+#pragma unroll
+      for (float& sum : sums)
+#pragma unroll
+        for (int x = 8; x > 0; x /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, x);
+      const float by = __fdividef(1.0f, sums[4]);
+      if ((lane & 15) == 0)
+        store_packet(result(h, d), {sums[0] * by, sums[1] * by, sums[2] * by, sums[3] * by}, number());
+    }
+  }
+
+  const Params& p;
+  const DecodePlace& place_;
+  uint8_t* shared_;
+  int product_, warp_;
+  uint32_t first_;
+  int dim_, queries_;
+};
 
 }  // namespace q4s

@@ -8,6 +8,7 @@ namespace q4s {
 namespace {
 
 constexpr int kFewStages = 4;  // of a ring that hides the memory's latency
+constexpr int kFewAttend = 8;  // warps that keep up with the memory in attention
 
 // Lays out shared memory with at most `limit` units of a row at a time.
 LinearDecodeCut place(const LinearDecodeShape* shapes, size_t count, int tokens, int multiprocessors,
@@ -16,7 +17,7 @@ LinearDecodeCut place(const LinearDecodeShape* shapes, size_t count, int tokens,
   LinearDecodeConfig& c = cut.config;
   c.tokens = tokens;
   c.blocks = multiprocessors;
-  int64_t attention = 0;
+  int attention = 0, attention_warp = 0, alone = 0, operands = 1;  // bytes; of one warp; of a head alone
   int x_units = 0, meta = 0, squares = 0, sums = 0, groups = 0, bits = 4;
   for (size_t i = 0; i < count; ++i) {
     const Q4Layout& l = shapes[i].layout;
@@ -31,28 +32,40 @@ LinearDecodeCut place(const LinearDecodeShape* shapes, size_t count, int tokens,
     meta = std::max(meta, part.phase_units * linear_decode_meta(unit_groups));
     if (shapes[i].norm) squares = std::max(squares, part.units);
     if (part.phases > 1) sums = std::max(sums, part.rows + (part.more_rows > 0));
-    if (shapes[i].attention)
-      attention = std::max(attention, kDecodeWarps * (shapes[i].attention + 2) * int64_t(sizeof(float)));
+    if (shapes[i].head_dim) {
+      const LinearDecodeMeeting meeting(shapes[i].queries, shapes[i].head_dim);
+      attention = meeting.sums, operands = meeting.operands;
+      attention_warp = meeting.heads * meeting.sums_pitch;
+      alone = kDecodeWarps * (shapes[i].head_dim + 2) * int(sizeof(float));
+    }
     groups = std::max(groups, unit_groups);
     bits = l.bits;
   }
   c.stride = x_units * kUnitColumns * 2 + 64;
   c.stage_scales = kDecodeWarps * kUnitTiles * kQ4TileBytes * (bits / 4);
   c.stage_bytes = c.stage_scales + kDecodeWarps * groups * kQ4TileRows * 2;
+  int x_bytes = tokens * c.stride;
+  if (attention) x_bytes = std::max({x_bytes, attention + kFewAttend * attention_warp, alone});
   const auto layout = [&](int stages) {
     c.stages = stages;
     c.x = stages * c.stage_bytes;
-    c.meta = int(round_up(c.x + std::max<int64_t>(tokens * c.stride, attention), 16));
+    c.meta = int(round_up(c.x + x_bytes, 16));
     c.squares = c.meta + meta * tokens * 4;
     c.partial = int(round_up(c.squares + squares * tokens * 4, 16));
     c.sums = c.partial + kDecodeMeetings * kDecodeWarps * tokens * kQ4TileRows * 4;
     c.norm = c.sums + sums * tokens * kQ4TileRows * 4;
     c.place = c.norm + kDecodeReducers * tokens * 4;
-    c.barriers = int(round_up(c.place + 5 * 4, 8));
+    c.barriers = int(round_up(c.place + 10 * 4, 8));
     c.shared = c.barriers + 2 * (kDecodeStages + kDecodeMeetings) * 8;
   };
   layout(0);
-  layout(std::clamp((shared_bytes - c.shared) / c.stage_bytes, 2, kDecodeStages));
+  const int stages = std::clamp((shared_bytes - c.shared) / c.stage_bytes, 2, kDecodeStages);
+  if (attention) {  // what is left over gives room to more warps
+    const int left = std::max(shared_bytes - c.shared - stages * c.stage_bytes, 0);
+    c.attend_warps = std::min(kDecodeWarps, (x_bytes + left - attention) / attention_warp) / operands;
+    x_bytes = std::max(x_bytes, attention + c.attend_warps * operands * attention_warp);
+  }
+  layout(stages);
   return cut;
 }
 

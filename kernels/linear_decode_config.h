@@ -15,6 +15,9 @@ constexpr int kDecodeWarps = 16;    // that multiply
 constexpr int kDecodeReducers = 2;  // warps that add up rows, in turn
 constexpr int kDecodeMeetings = 2;  // rows whose sums meet at a time
 constexpr int kDecodeStages = 16;   // most stages of the ring
+constexpr int kDecodeQueries = 8;   // most query heads of a kv head, for attention
+constexpr int kDecodeOperand = 4;   // of them in one operand
+constexpr int kDecodeSharers = 16;  // most blocks that share the cache of a token and kv head
 constexpr int kUnitTiles = 2, kUnitColumns = kUnitTiles * kQ4TileCols;
 
 struct LinearDecodePart {
@@ -32,12 +35,54 @@ struct LinearDecodeConfig {
   int stages = 0, stage_bytes = 0, stage_scales = 0;  // of the ring; where in a stage its scales are
   int stride = 0;                                     // bytes of a token's x in shared memory
   // Bytes: where a block's shared memory has what, and its size. At 0 the ring, each stage kDecodeWarps units
-  // of codes, then of scales; x: (T) of `stride`, or attention: (kDecodeWarps, head_dim + 2) f32; meta:
-  // (phase_units, T, linear_decode_meta()) words; squares: (units, T) f32; partial sums: (kDecodeMeetings,
-  // kDecodeWarps, T, 16) f32; sums of earlier phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32;
-  // place: whose attention the block makes, 5 words; barriers of 8 bytes: 2 a stage, 2 a meeting.
+  // of codes, then of scales; or a LinearDecodeBox of the cache; x: (T) of `stride`, or attention: a
+  // LinearDecodeMeeting, or (kDecodeWarps, head_dim + 2) f32; meta: (phase_units, T, linear_decode_meta())
+  // words; squares: (units, T) f32; partial sums: (kDecodeMeetings, kDecodeWarps, T, 16) f32; sums of earlier
+  // phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32; place: whose attention the block makes, 10
+  // words; barriers of 8 bytes: 2 a stage, 2 a meeting.
   int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, place = 0, barriers = 0, shared = 0;
+  int attend_warps = 0;  // those that share the tiles of a block's attention with one operand
 };
+
+// A stage of the cache of one kv head: `tiles` times 16 positions that follow each other, in eight regions of
+// 2 * tiles, whose rows are first half of K, second, first half of V, second. Tile t has row t of each half:
+// its matrices of eight rows meet eight regions, which stand 16 bytes further in the banks each.
+struct LinearDecodeBox {
+  int tiles, half, region;  // tiles; bytes of half of K or V of a region, at most 512; of a region
+  LinearDecodeBox() = default;
+  explicit LinearDecodeBox(int head_dim)
+      : tiles(256 / head_dim), half(tiles * head_dim * 2), region(4 * half + 16) {}
+  int bytes() const { return 8 * region; }
+  Q4S_HOST_DEVICE int positions() const { return 16 * tiles; }
+};
+
+// Where the warps of a block meet for attention: q as sums of two fp16 numbers, in rows of 64 or 128 dims,
+// zero from head_dim on, that stand 16 bytes further in the banks each: four heads' larger numbers, the same
+// heads' smaller ones, the next heads; the token's own rows of K and V likewise; sums of each warp for
+// `heads` heads, f32: head_dim values, largest score, sum of weights.
+struct LinearDecodeMeeting {
+  int heads, operands;                      // of an operand; operands
+  int shift, pitch, own, sums, sums_pitch;  // log2 of the dims; bytes
+  LinearDecodeMeeting() = default;
+  LinearDecodeMeeting(int queries, int head_dim)
+      : heads(queries < kDecodeOperand ? queries : kDecodeOperand),
+        operands((queries + kDecodeOperand - 1) / kDecodeOperand),
+        shift(head_dim > 64 ? 7 : 6),
+        pitch((2 << shift) + 16),
+        own(operands * 2 * kDecodeOperand * pitch),
+        sums(own + 2 * pitch),
+        sums_pitch((head_dim + 4) * 4) {}
+};
+
+// Blocks that share `old` positions of a cache, at most `most`: what meeting costs is worth a few hundred.
+Q4S_HOST_DEVICE inline int linear_decode_parts(int old, int most) {
+  constexpr int kLeast = 256;
+  return old < 2 * kLeast ? 1 : old / kLeast < most ? old / kLeast : most;
+}
+// Where part `part` of so many begins, which is where the one before it ends.
+Q4S_HOST_DEVICE inline int linear_decode_part_begin(int old, int part, int parts) {
+  return part == parts ? old : int(int64_t((old + 15) / 16) * part / parts) * 16;
+}
 
 // Groups of scales in a unit.
 constexpr int linear_decode_unit_groups(const Q4Layout& l) {
@@ -49,7 +94,7 @@ constexpr int linear_decode_meta(int unit_groups) { return unit_groups <= 1 ? 2 
 struct LinearDecodeShape {
   Q4Layout layout;
   bool norm = false;
-  int64_t attention = 0;  // head_dim of the attention that makes x
+  int head_dim = 0, queries = 0;  // of the attention that makes x: query heads of a kv head
 };
 struct LinearDecodeCut {
   LinearDecodeConfig config;

@@ -4,6 +4,8 @@
 #include "kernels/decode_ptx.cuh"
 #include "kernels/linear_decode.h"
 #include "kernels/linear_decode_config.h"
+#include "kernels/pdl.cuh"
+#include "kernels/shared_halves.cuh"
 
 namespace q4s {
 
@@ -80,14 +82,23 @@ struct LinearDecodeProduct {
   LinearDecodePart part;
 };
 
+// The attention of all layers of a chain.
+struct LinearDecodeAttention {
+  const int32_t *position, *sequence;  // (tokens)
+  int kv_heads, queries, head_dim;     // queries: heads of a kv head
+  int pairs, sharers;                  // tokens times kv heads; blocks for each, or 0: one for each head
+  LinearDecodeBox box;
+  LinearDecodeMeeting meeting;
+  Packet* parts;  // (pairs, sharers, kLinearDecodeAttendPackets)
+};
+
 template <int kProducts>
 struct LinearDecodeParams {
   LinearDecodeProduct product[kProducts];
   int count, tokens;
   int ahead, ahead_next;  // stages on their way at a time; the first of a product, whose x is on its way too
   uint32_t* done;         // (blocks) products of chains so far; null: no packets
-  const int32_t *position, *sequence;  // (tokens) of a chain that attends
-  int heads, kv_heads;                 // its; else 0
+  LinearDecodeAttention attention;
   LinearDecodeConfig config;
 };
 
@@ -146,13 +157,79 @@ class LinearDecodeRing {
   uint32_t parity_ = 0;
 };
 
+// Whose attention a block makes, and which part of it: positions [begin, end) of the cache, all older than
+// the token's own.
+struct DecodePlace {
+  int pair = 0, token = 0, kv_head = 0, sequence = 0;
+  int part = 0, parts = -1;            // of so many; 0: none
+  int begin = 0, end = 0, stages = 0;  // of the ring
+
+  DecodePlace() = default;
+  __device__ explicit DecodePlace(const LinearDecodeAttention& a)
+      : pair(int(blockIdx.x) / a.sharers), part(int(blockIdx.x) % a.sharers), parts(0) {
+    if (pair >= a.pairs) return;
+    token = pair / a.kv_heads, kv_head = pair % a.kv_heads;
+    const int old = __ldcg(a.position + token), most = linear_decode_parts(old, a.sharers);
+    sequence = __ldcg(a.sequence + token);
+    if (part >= most) return;
+    parts = most;
+    begin = linear_decode_part_begin(old, part, parts), end = linear_decode_part_begin(old, part + 1, parts);
+    stages = (end - begin + a.box.positions() - 1) / a.box.positions();
+  }
+};
+
+// A lane's part of the copies that fill boxes of the cache: 16 bytes of a row in each half of each region.
+class DecodeCacheCopy {
+ public:
+  __device__ DecodeCacheCopy(const LinearDecodeProduct& from, const DecodePlace& place,
+                             const LinearDecodeBox& box, int lane)
+      : box_(box), lane_(lane), row_(from.kv_heads * from.head_dim) {
+    const int pieces = from.head_dim / 8;
+    sub_ = lane / pieces;
+    const int64_t at =
+        place.sequence * from.kv.ctx * row_ + place.kv_head * from.head_dim + lane % pieces * 8;
+    k_ = static_cast<const __half*>(from.kv.k) + at, v_ = static_cast<const __half*>(from.kv.v) + at;
+  }
+  // Positions from `first` on, zeros from `end` on; completes a phase of `full`. By all lanes.
+  __device__ void run(int first, int end, uint32_t to, uint32_t full) const {
+    if (sub_ < box_.tiles) {
+      int position = first + sub_;
+      const __half *k = k_ + int64_t(position) * row_, *v = v_ + int64_t(position) * row_;
+      const int64_t half = int64_t(box_.tiles) * row_;
+      to += lane_ * 16;
+#pragma unroll 2
+      for (int region = 0; region < 8; ++region) {
+        const bool low = position < end, high = position + box_.tiles < end;
+        copy_or_zero(to, k, low);
+        copy_or_zero(to + box_.half, k + half, high);
+        copy_or_zero(to + 2 * box_.half, v, low);
+        copy_or_zero(to + 3 * box_.half, v + half, high);
+        to += box_.region, position += 2 * box_.tiles, k += 2 * half, v += 2 * half;
+      }
+    }
+    copies_arrive(full);
+  }
+
+ private:
+  LinearDecodeBox box_;
+  int lane_, sub_, row_;
+  const __half *k_, *v_;  // row 0, this lane's piece
+};
+
 // The warp that asks for the weights of all products, far ahead of their use but never for more than a few
 // stages at once: what other warps load would wait behind them.
-template <class Tile, class Params>
+template <class Tile, bool kShared, class Params>
 __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, int lane) {
   constexpr int kTileBytes = kQ4TileBytes * Tile::kBits / 4, kUnitBytes = kTileBytes * kUnitTiles;
   LinearDecodeRing arriving = ring;
   int asked = 0;
+  // A stage to ask for, with at most so many on their way, this one included.
+  const auto admit = [&](int most) {
+    ring.wait_empty();
+    while (asked >= most) arriving.wait_full(), arriving.next(), --asked;
+    ++asked;
+  };
+  DecodePlace place;
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
     const LinearDecodeProduct& a = p.product[i];
@@ -160,6 +237,21 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, in
     const LinearDecodeRows rows(part, i);
     const bool scaled = a.unit_groups > 0, shared_scales = a.group_shift > 0;
     const int scale_bytes = max(1, a.unit_groups) * (kQ4TileRows * 2);  // of a unit
+    if constexpr (kShared) {
+      if (a.attends) {
+        if (place.parts < 0) {
+          pdl_wait();
+          place = DecodePlace(p.attention);
+        }
+        const DecodeCacheCopy copy(p.product[i - 1], place, p.attention.box, lane);
+#pragma unroll 1
+        for (int s = 0; s < place.stages; ++s) {
+          admit(s < p.config.stages ? p.ahead_next : p.ahead);
+          copy.run(place.begin + s * p.attention.box.positions(), place.end, ring.stage(), ring.full());
+          ring.next();
+        }
+      }
+    }
 #pragma unroll 1
     for (int phase = 0; phase < part.phases; ++phase) {
       const int first = part.phase_begin(phase), units = part.phase_begin(phase + 1) - first;
@@ -167,10 +259,7 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, in
       int row = lane / units, col = lane % units;
 #pragma unroll 1
       for (int begin = 0; begin < total; begin += kDecodeWarps) {
-        ring.wait_empty();
-        const int most = begin < p.config.stages * kDecodeWarps ? p.ahead_next : p.ahead;
-        while (asked >= most) arriving.wait_full(), arriving.next(), --asked;
-        ++asked;
+        admit(begin < p.config.stages * kDecodeWarps ? p.ahead_next : p.ahead);
         // Each lane has a unit; the first of a run of neighbours in a row asks for all of it.
         const int count = min(kDecodeWarps, total - begin);
         const bool one = lane < count, leads = one && (lane == 0 || col == 0);

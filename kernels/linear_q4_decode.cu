@@ -35,13 +35,19 @@ int64_t y_columns(const LinearDecodeProduct& p) {
 }
 
 constexpr size_t kCounterBytes = 4096;  // of the exchange: products done, before the packets
+constexpr int64_t kPlace =
+    kLinearDecodeChainTokens * kLinearDecodeChainColumns / kPacketValues;  // of a product
+
+// Those of attention: its result, then what the blocks that share it hand each other.
+Packet* attention_packets(std::byte* exchange) {
+  return reinterpret_cast<Packet*>(exchange + kCounterBytes) + 4 * kPlace;
+}
 
 // Who reads whose packets: x of the products of a chain. What a product makes is read by the
 // next two, and no block writes to the place of those before it has all of theirs, so four places do, and one
 // for attention.
 void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& products, std::byte* exchange) {
   Packet* packets = reinterpret_cast<Packet*>(exchange + kCounterBytes);
-  constexpr int64_t kPlace = kLinearDecodeChainTokens * kLinearDecodeChainColumns / kPacketValues;
   const auto place = [&](size_t i) { return packets + int64_t(i % 4) * kPlace; };
   const auto maker = [&](const float* of, size_t before) {  // the last product that made it, or -1
     int i = int(before) - 1;
@@ -60,7 +66,7 @@ void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& pr
       throw std::logic_error("a chain of products: a residual not made two products before");
     a.attends = chain[i].attends;
     if (a.attends)
-      a.x_packets = packets + 4 * kPlace;
+      a.x_packets = attention_packets(exchange);
     else if (a.x_from >= 0)
       a.x_packets = place(size_t(a.x_from));
     if (a.x_packets) a.x = nullptr;
@@ -81,7 +87,9 @@ bool linear_decode_follows(const LinearDecodeArgs& next, const LinearDecodeArgs&
     return false;
   if (!next.attends) return last.epilogue != Epilogue::kRopeKv;
   return last.epilogue == Epilogue::kRopeKv && last.kv.type == KvType::kF16 && from.head_dim % 16 == 0 &&
-         from.head_dim <= 128 && last.heads * last.tokens <= device_facts().multiprocessors;
+         from.head_dim <= 128 && last.heads <= kDecodeQueries * last.kv_heads &&
+         last.kv_heads * last.tokens <=
+             std::min<int64_t>(device_facts().multiprocessors, kLinearDecodeAttend);
 }
 
 bool linear_decode_supported(const Q4Layout& l) {
@@ -107,8 +115,11 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
   for (size_t i = 0; i < count; ++i) {
     assert(i == 0 || linear_decode_follows(chain[i], chain[i - 1]));
     products.push_back(product_of(chain[i]));
-    shapes.push_back(
-        {chain[i].w.layout, chain[i].gain != nullptr, chain[i].attends ? chain[i - 1].w.layout.head_dim : 0});
+    LinearDecodeShape& shape = shapes.emplace_back();
+    shape.layout = chain[i].w.layout, shape.norm = chain[i].gain != nullptr;
+    if (!chain[i].attends) continue;
+    shape.head_dim = int(chain[i - 1].w.layout.head_dim);
+    shape.queries = int(chain[i - 1].heads / chain[i - 1].kv_heads);
   }
   connect(chain, products, exchange);
   const LinearDecodeCut cut =
@@ -119,15 +130,24 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
   l.ahead = std::clamp(kAhead / l.config.stage_scales, 1, l.config.stages);
   l.ahead_next = std::clamp(kAheadNext / l.config.stage_scales, 1, l.config.stages);
   l.done = count > 1 ? reinterpret_cast<uint32_t*>(exchange) : nullptr;
-  l.position = l.sequence = nullptr, l.heads = l.kv_heads = 0;
+  l.attention = {};
+  bool alone = true;
   for (size_t i = 1; i < count; ++i) {
     if (!chain[i].attends) continue;
     const LinearDecodeArgs& qkv = chain[i - 1];
-    if (l.heads && (l.heads != qkv.heads || l.kv_heads != qkv.kv_heads))
+    LinearDecodeAttention& a = l.attention;
+    if (a.pairs && (a.kv_heads != qkv.kv_heads || a.queries != shapes[i].queries ||
+                    a.head_dim != shapes[i].head_dim || a.position != qkv.at.position))
       throw std::logic_error("a chain of products: layers with different heads");
-    l.position = qkv.at.position, l.sequence = qkv.at.sequence;
-    l.heads = int(qkv.heads), l.kv_heads = int(qkv.kv_heads);
+    a.position = qkv.at.position, a.sequence = qkv.at.sequence;
+    a.kv_heads = int(qkv.kv_heads), a.queries = shapes[i].queries, a.head_dim = shapes[i].head_dim;
+    a.box = LinearDecodeBox(a.head_dim), a.meeting = LinearDecodeMeeting(a.queries, a.head_dim);
+    a.pairs = a.kv_heads * tokens;
+    a.sharers = std::min({kDecodeSharers, l.config.blocks / a.pairs, int(kLinearDecodeAttend) / a.pairs});
+    a.parts = attention_packets(exchange) + kPlace;
+    alone = alone && chain[i].longest <= kLinearDecodeShort && a.pairs * a.queries <= l.config.blocks;
   }
+  if (alone) l.attention.sharers = 0;
   if (count > 1 && l.config.tokens < tokens)
     throw std::logic_error("a chain of products: its rows do not fit");
   for (int t = 0; t < tokens; t += l.config.tokens) {

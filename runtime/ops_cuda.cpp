@@ -147,6 +147,9 @@ bool stored_half(const Tensor& t, const CudaStep& s) {
          (decode_attention(t.head, s.counts) && kv.type == KvType::kF16 && t.head.head_dim % 8 == 0);
 }
 
+// No position of the step reaches this.
+int64_t reach(const CudaStep& s) { return s.counts.reach ? s.counts.reach : s.kv.ctx; }
+
 // A linear with this epilogue for few tokens, its largest number at a time, joins the chain; false where it
 // cannot.
 bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
@@ -172,6 +175,7 @@ bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float
     }
     DecodeChain& chain = s.chain;
     a.attends = chain.attention && chain.attention == t.src[0];
+    if (a.attends) a.longest = reach(s);
     if ((chain.attention && !a.attends) || chain.products.size() == kLinearDecodeChain ||
         (!chain.products.empty() && !linear_decode_follows(a, chain.products.back()))) {
       run_chain_cuda(s);
@@ -298,15 +302,12 @@ void run_linear(Tensor& t, const CudaStep& s) {
 
 void run_rope_kv(Tensor& t, const CudaStep& s) { rope_kv(t, t.src[0]->f32(), *t.weight, t.f32(), s); }
 
-int64_t reach(const CudaStep& s) { return s.counts.reach ? s.counts.reach : s.kv.ctx; }
-
 // Whether attention may wait for the product that alone reads it, to be part of a chain.
 bool attention_in_chain(const Tensor& t, const CudaStep& s) {
   const std::vector<LinearDecodeArgs>& made = s.chain.products;
   return !s.observed && !t.keep && t.readers == 1 && t.reader->op == Op::kLinear && !t.reader->gain &&
-         t.reader->src[0] == &t && (s.counts.of(t.rows) == 1 || s.counts.apart) &&
-         reach(s) <= kLinearDecodeReach && !made.empty() && made.back().epilogue == Epilogue::kRopeKv &&
-         made.back().y == t.src[0]->f32();
+         t.reader->src[0] == &t && (s.counts.of(t.rows) == 1 || s.counts.apart) && !made.empty() &&
+         made.back().epilogue == Epilogue::kRopeKv && made.back().y == t.src[0]->f32();
 }
 
 void run_attention(Tensor& t, const CudaStep& s) {

@@ -97,6 +97,7 @@ class Layers {
       for (size_t i = 0; i < linears.size(); ++i) {
         chain.push_back(product(layer, i, tokens));
         chain.back().attends = i == 0 && layer > 0;
+        chain.back().longest = kContext;
       }
     linear_decode_cuda(chain.data(), chain.size(), reinterpret_cast<std::byte*>(exchange_.data()), stream,
                        true);

@@ -44,7 +44,15 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
       REQUIRE(part.phase_begin(p + 1) - part.phase_begin(p) <= part.phase_units);
     }
     most_units = std::max(most_units, part.phase_units);
-    REQUIRE(c.meta - c.x >= kDecodeWarps * (shapes[i].attention + 2) * 4 * (shapes[i].attention > 0));
+    if (shapes[i].head_dim) {
+      const LinearDecodeMeeting meeting(shapes[i].queries, shapes[i].head_dim);
+      const int warps = c.attend_warps * meeting.operands;
+      REQUIRE(warps >= 8);
+      REQUIRE(warps <= kDecodeWarps);
+      REQUIRE(c.meta - c.x >= meeting.sums + warps * meeting.heads * meeting.sums_pitch);
+      REQUIRE(meeting.heads * meeting.operands >= shapes[i].queries);
+      REQUIRE(c.stage_bytes >= LinearDecodeBox(shapes[i].head_dim).bytes());
+    }
     // Places hold what they are for.
     REQUIRE(c.squares - c.meta >=
             part.phase_units * c.tokens * linear_decode_meta(linear_decode_unit_groups(l)) * 4);
@@ -58,7 +66,7 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
   REQUIRE(c.meta >= c.x + c.tokens * c.stride);
   REQUIRE(c.sums - c.partial >= kDecodeMeetings * kDecodeWarps * c.tokens * 64);
   REQUIRE(c.place - c.norm >= kDecodeReducers * c.tokens * 4);
-  REQUIRE(c.barriers - c.place >= 20);
+  REQUIRE(c.barriers - c.place >= 36);
   REQUIRE(c.place % 4 == 0);
   for (int at : {c.x, c.meta, c.stage_bytes, c.stage_scales}) REQUIRE(at % 16 == 0);
   REQUIRE(c.barriers % 8 == 0);
@@ -81,7 +89,7 @@ TEST_CASE("linear_decode_config: odd and real shapes") {
 TEST_CASE("linear_decode_config: chains of a layer's products") {
   for (auto [hidden, ffn] : {std::pair<int64_t, int64_t>{64, 172}, {576, 1536}, {4096, 11008}, {8192, 28672}})
     for (int tokens : {1, 2, 8, 16})
-      check({{{.n = hidden, .k = hidden, .group = 128}, false, 128},
+      check({{{.n = hidden, .k = hidden, .group = 128}, false, 128, 8},
              {{.n = 2 * ffn, .k = hidden, .group = 32}, true},
              {{.n = hidden, .k = ffn, .group = 64}, false},
              {{.n = 3 * hidden, .k = hidden, .group = 128}, true}},
@@ -94,5 +102,34 @@ TEST_CASE("linear_decode_config: eight tokens read the weights of every model on
     CHECK(linear_decode_cut(&shape, 1, 8, 132, kShared).config.tokens == 8);
     const LinearDecodeShape wide{{.n = 8192, .k = k, .group = 128, .bits = 8}};
     CHECK(linear_decode_cut(&wide, 1, 16, 132, kShared).config.tokens <= 8);
+  }
+}
+
+TEST_CASE("linear_decode_config: attention is dealt out evenly") {
+  for (int most : {1, 3, 4, 16})
+    for (int old : {0, 1, 15, 16, 17, 255, 511, 512, 513, 1000, 4096, 5001, 131071}) {
+      const int parts = linear_decode_parts(old, most);
+      REQUIRE(parts >= 1);
+      REQUIRE(parts <= most);
+      REQUIRE(linear_decode_part_begin(old, 0, parts) == 0);
+      REQUIRE(linear_decode_part_begin(old, parts, parts) == old);
+      for (int part = 0; part < parts; ++part) {
+        const int begin = linear_decode_part_begin(old, part, parts);
+        const int size = linear_decode_part_begin(old, part + 1, parts) - begin;
+        REQUIRE(begin % 16 == 0);
+        REQUIRE(size <= old / parts + 16);
+        if (parts > 1) REQUIRE(size >= 240);
+      }
+    }
+}
+
+TEST_CASE("linear_decode_config: eight rows of a tile of the cache meet eight groups of banks") {
+  for (int head_dim = 16; head_dim <= 128; head_dim += 16) {
+    const LinearDecodeBox box(head_dim);
+    REQUIRE(box.tiles >= 2);
+    REQUIRE(box.half % 16 == 0);
+    REQUIRE(box.half <= 512);
+    REQUIRE(box.region >= 2 * box.half + 2 * box.tiles * 2 * head_dim / 2);
+    REQUIRE(box.region % 128 == 16);
   }
 }
