@@ -4,7 +4,8 @@
 // add up the rows. The ring of weights runs through all products of the chain: while the blocks hand each
 // other the next x and stage it, it fills with the next product's weights, so that the memory never rests.
 //
-//   producer:    for each stage of all products: wait until it is empty, ask for its codes and scales
+//   producer:    for each stage of all products: wait until it is empty, ask for its codes and scales; before
+//                a product whose x is shared attention, for rows of the cache
 //   multipliers: for each product: attend, if that makes its x; wait for x, stage it; for each stage:
 //                multiply one unit, at the end of a row hand in the sums
 //   reducers:    for each row: wait for the sums, add them in the order of their columns, epilogue
