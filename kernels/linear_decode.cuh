@@ -190,16 +190,14 @@ void launch_linear_decode(const LinearDecodeLaunch& l, const std::vector<LinearD
   constexpr int kShort = 4;
   static_assert(kLinearDecodeChainTokens <= 4, "the tokens of the kernels of chains");
   const int tokens = l.config.tokens;
-  const bool shared = l.attention.sharers > 0;
-  if (products.size() > kShort)
-    launch_linear_decode<kLinearDecodeChain>(shared
-                                                 ? linear_decode_kernel<Tile, 4, kLinearDecodeChain, true>
-                                                 : linear_decode_kernel<Tile, 4, kLinearDecodeChain, false>,
-                                             l, products, stream, pdl);
+  if (l.attention.sharers > 0)
+    launch_linear_decode<kLinearDecodeChain>(linear_decode_kernel<Tile, 4, kLinearDecodeChain, true>, l,
+                                             products, stream, pdl);
+  else if (products.size() > kShort)
+    launch_linear_decode<kLinearDecodeChain>(linear_decode_kernel<Tile, 4, kLinearDecodeChain, false>, l,
+                                             products, stream, pdl);
   else if (tokens <= 4)
-    launch_linear_decode<kShort>(
-        shared ? linear_decode_kernel<Tile, 4, kShort, true> : linear_decode_kernel<Tile, 4, kShort, false>,
-        l, products, stream, pdl);
+    launch_linear_decode<kShort>(linear_decode_kernel<Tile, 4, kShort, false>, l, products, stream, pdl);
   else
     launch_linear_decode<1>(
         tokens <= 8 ? linear_decode_kernel<Tile, 8, 1, false> : linear_decode_kernel<Tile, 16, 1, false>, l,
