@@ -70,14 +70,15 @@ bool linear_decode_supported(const Q4Layout&);
 // multiple of 16 up to 128, up to 8 of them to a kv head.
 bool linear_decode_follows(const LinearDecodeArgs& next, const LinearDecodeArgs& last);
 
-// Runs a chain of `count` products in their order. x and residual of a product may be y of the one before it,
-// or of that before.
+// Runs a chain of `count` products in their order. x of a product may be y of the one before it, or of that
+// before; its residual y of a product with as many rows, an even number before, or of none of the chain.
+//
 // exchange: kLinearDecodeExchange bytes of device memory, zero before its first use, for all chains of one
 // stream: what the blocks hand each other between products; unused for a single product. A chain needs all
 // multiprocessors at once.
 // pdl: programmatic dependent launch. The kernel then may start while its predecessor in the stream still
-// runs; it reads weights at once, and everything else only after the predecessor is complete. Throws
-// CudaError.
+// runs; it reads weights at once, and everything else only after the predecessor is complete.
+// Throws CudaError; std::logic_error for a chain that reads what it may not.
 void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* exchange, cudaStream_t,
                         bool pdl);
 

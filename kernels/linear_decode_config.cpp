@@ -55,7 +55,7 @@ LinearDecodeCut place(const LinearDecodeShape* shapes, size_t count, int tokens,
     c.sums = c.partial + kDecodeMeetings * kDecodeWarps * tokens * kQ4TileRows * 4;
     c.norm = c.sums + sums * tokens * kQ4TileRows * 4;
     c.place = c.norm + kDecodeReducers * tokens * 4;
-    c.barriers = int(round_up(c.place + 10 * 4, 8));
+    c.barriers = int(round_up(c.place + 9 * 4, 8));
     c.shared = c.barriers + 2 * (kDecodeStages + kDecodeMeetings) * 8;
   };
   layout(0);

@@ -38,7 +38,7 @@ struct LinearDecodeConfig {
   // of codes, then of scales; or a LinearDecodeBox of the cache; x: (T) of `stride`, or attention: a
   // LinearDecodeMeeting, or (kDecodeWarps, head_dim + 2) f32; meta: (phase_units, T, linear_decode_meta())
   // words; squares: (units, T) f32; partial sums: (kDecodeMeetings, kDecodeWarps, T, 16) f32; sums of earlier
-  // phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32; place: whose attention the block makes, 10
+  // phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32; place: whose attention the block makes, 9
   // words; barriers of 8 bytes: 2 a stage, 2 a meeting.
   int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, place = 0, barriers = 0, shared = 0;
   int attend_warps = 0;  // those that share the tiles of a block's attention with one operand

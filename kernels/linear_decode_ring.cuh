@@ -135,6 +135,7 @@ struct DecodePlace {
     stages = (end - begin + a.box.positions() - 1) / a.box.positions();
   }
 };
+static_assert(sizeof(DecodePlace) == 9 * sizeof(int), "the room for it in LinearDecodeConfig");
 
 // A lane's part of the copies that fill boxes of the cache: 16 bytes of a row in each half of each region.
 class DecodeCacheCopy {

@@ -43,9 +43,8 @@ Packet* attention_packets(std::byte* exchange) {
   return reinterpret_cast<Packet*>(exchange + kCounterBytes) + 4 * kPlace;
 }
 
-// Who reads whose packets: x of the products of a chain. What a product makes is read by the
-// next two, and no block writes to the place of those before it has all of theirs, so four places do, and one
-// for attention.
+// Who reads whose packets: x of the products of a chain. What a product makes is read by the next two, and no
+// block writes to the place of those before it has all of theirs, so four places do, and one for attention.
 void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& products, std::byte* exchange) {
   Packet* packets = reinterpret_cast<Packet*>(exchange + kCounterBytes);
   const auto place = [&](size_t i) { return packets + int64_t(i % 4) * kPlace; };
@@ -63,7 +62,7 @@ void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& pr
     // The thread that adds it must be the one that made it: LinearDecodeRows of both agree.
     const int from = chain[i].residual ? maker(chain[i].residual, i) : -1;
     if (from >= 0 && ((int(i) - from) % 2 != 0 || products[size_t(from)].n != a.n))
-      throw std::logic_error("a chain of products: a residual not made two products before");
+      throw std::logic_error("a chain of products: a residual not made by the thread that adds it");
     a.attends = chain[i].attends;
     if (a.attends)
       a.x_packets = attention_packets(exchange);
