@@ -125,24 +125,31 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
 // Both kernels over odd shapes. Returns how many failed.
 inline int check_attentions(bool few) {
   std::vector<AttentionCase> cases;
-  // More tiles than multiprocessors, and tiles of three warpgroups, among those for a sanitizer too.
-  for (int64_t hd : {64, 128})
-    for (const AttentionCase& c :
-         std::initializer_list<AttentionCase>{{65, 2, 1, 0, 0},
-                                              {1000, 36, 9, 0, 50, 3, false, true},
-                                              {1700, 1, 1, 0, 0, 1, false, true, true},
-                                              {128, 1, 1, 0, 0},
-                                              {200, 4, 2, 0, 77, 1, false, true, true},
-                                              {300, 3, 3, 0, 1000},
-                                              {257, 2, 1, 0, 3, 3},
-                                              {190, 4, 4, 0, 130, 2, true, true, true},
-                                              {1100, 36, 18, 0, 0, 1, false, true, true},
-                                              {900, 39, 39, 0, 0, 2, true, false, true},
-                                              {2100, 2, 1, 0, 33, 4, true, true},
-                                              {2300, 14, 7, 0, 0, 1, false, true, true}}) {
-      cases.push_back(c), cases.back().head_dim = hd;
-      if (few && cases.size() % 3 == 0) break;
-    }
+  for (int64_t hd : {64, 128}) {
+    // For a sanitizer: more tiles than multiprocessors, tiles of three warpgroups, several sequences and
+    // positions of a tile far apart, heads that share a tile, queries in fp16 and not.
+    const std::vector<AttentionCase> small = {{65, 2, 1, 0, 0},
+                                              {130, 66, 33, 0, 50, 1, false, true, true},
+                                              {140, 8, 1, 0, 30, 2, true, true, true},
+                                              {70, 96, 96, 0, 0, 2, true, false, true},
+                                              {1540, 2, 2, 0, 0, 1, false, true, true}};
+    const std::vector<AttentionCase> all = {{65, 2, 1, 0, 0},
+                                            {1000, 36, 9, 0, 50, 3, false, true},
+                                            {1700, 1, 1, 0, 0, 1, false, true, true},
+                                            {128, 1, 1, 0, 0},
+                                            {200, 4, 2, 0, 77, 1, false, true, true},
+                                            {300, 3, 3, 0, 1000},
+                                            {257, 2, 1, 0, 3, 3},
+                                            {190, 4, 4, 0, 130, 2, true, true, true},
+                                            {1100, 36, 18, 0, 0, 1, false, true, true},
+                                            {900, 39, 39, 0, 0, 2, true, false, true},
+                                            {2100, 2, 1, 0, 33, 4, true, true},
+                                            {2300, 14, 7, 0, 0, 1, false, true, true},
+                                            {300, 48, 2, 0, 20, 2, false, true, true},
+                                            {1601, 16, 1, 0, 100, 3, true, false, true},
+                                            {1700, 32, 4, 0, 0, 1, false, true, true}};
+    for (const AttentionCase& c : few ? small : all) cases.push_back(c), cases.back().head_dim = hd;
+  }
   for (int64_t hd : {80, 96, 40}) cases.push_back({few ? 70 : 210, 4, 2, hd, 50, 2, false, false, hd != 96});
   int failed = 0;
   for (bool portable : {false, true}) {
@@ -161,27 +168,33 @@ inline int check_attentions(bool few) {
   return failed;
 }
 
-// TFLOP/s of causal attention (half of the square), as part of what cuBLAS makes of 8192^3.
-inline void time_attention(double peak, bool sweep) {
+// TFLOP/s of causal attention (half of the square), as part of what cuBLAS makes of 8192^3: alone, then in
+// graphs of many in a row. `only` names a shape and, after a colon, a number of tokens; empty for all.
+inline void time_attention(double peak, bool sweep, const std::string& only = "") {
   struct Shape {
     const char* name;
     int64_t heads, kv_heads, head_dim;
   };
   Timer timer;
-  std::printf("\nattention: us a layer, TFLOP/s causal, part of cuBLAS's peak\n");
+  const std::vector<uint16_t> values = normal_halves(1 << 22, 1, 2);
+  const auto fill = [&](DeviceBuffer<uint16_t>& to) {
+    for (size_t at = 0; at < to.size(); at += values.size())
+      cuda_check(cudaMemcpy(to.data() + at, values.data(), std::min(values.size(), to.size() - at) * 2,
+                            cudaMemcpyHostToDevice),
+                 "values");
+  };
+  std::printf(
+      "\nattention: us a layer, TFLOP/s causal, part of cuBLAS's peak; in a row; least and most alone\n");
   for (const Shape& s : {Shape{"7B", 32, 32, 128}, Shape{"8B", 32, 8, 128}, Shape{"tinyllama", 32, 4, 64}})
     for (const auto& [tokens, start] : std::initializer_list<std::pair<int64_t, int64_t>>{
              {512, 0}, {512, 4096}, {2048, 0}, {8192, 0}, {32768, 0}}) {
+      if (!only.empty() && only != s.name && only != std::string(s.name) + ':' + std::to_string(tokens))
+        continue;
       const int64_t ctx = start + tokens;
-      DeviceBuffer<uint16_t> k(normal_halves(ctx * s.kv_heads * s.head_dim, 1, 1)), v(k.size());
-      cuda_check(cudaMemcpy(v.data(), k.data(), k.size() * 2, cudaMemcpyDeviceToDevice), "copy");
+      DeviceBuffer<uint16_t> k(ctx * s.kv_heads * s.head_dim), v(k.size());
       const int64_t size = tokens * s.heads * s.head_dim;
       DeviceBuffer<uint16_t> q(size), y(size);
-      const std::vector<uint16_t> values = normal_halves(1 << 20, 1, 2);
-      for (size_t at = 0; at < q.size(); at += values.size())
-        cuda_check(cudaMemcpy(q.data() + at, values.data(), std::min(values.size(), q.size() - at) * 2,
-                              cudaMemcpyHostToDevice),
-                   "q");
+      fill(k), fill(v), fill(q);
       std::vector<int32_t> position(tokens);
       std::iota(position.begin(), position.end(), int32_t(start));
       DeviceBuffer<int32_t> p(position), sequence(tokens);
@@ -196,11 +209,20 @@ inline void time_attention(double peak, bool sweep) {
                                    s.heads,
                                    s.kv_heads,
                                    s.head_dim};
-      const double us = timer.microseconds([&](cudaStream_t t) { attention_prefill_cuda(a, t); }, 5);
+      const std::vector<double> alone = timer.times([&](cudaStream_t t) { attention_prefill_cuda(a, t); }, 9);
+      const double us = alone[alone.size() / 2];
+      const int many = std::max(1, int(2000 / us));
+      const double in_a_row = timer.microseconds(
+                                  [&](cudaStream_t t) {
+                                    for (int i = 0; i < many; ++i) attention_prefill_cuda(a, t);
+                                  },
+                                  9) /
+                              many;
       const double flops =
           4.0 * double(tokens) * (double(start) + double(tokens) / 2) * double(s.heads * s.head_dim);
-      std::printf("%-9s %5lld tokens at %4lld: %9.1f us %4.0f TFLOP/s %.2f", s.name, (long long)tokens,
-                  (long long)start, us, flops / us * 1e-6, flops / us * 1e-6 / peak);
+      std::printf("%-9s %5lld tokens at %4lld: %9.1f us %4.0f TFLOP/s %.2f; %9.1f us %.2f; %.1f %.1f", s.name,
+                  (long long)tokens, (long long)start, us, flops / us * 1e-6, flops / us * 1e-6 / peak,
+                  in_a_row, flops / in_a_row * 1e-6 / peak, alone.front(), alone.back());
       if (sweep && tokens <= 8192) {
         const double old =
             timer.microseconds([&](cudaStream_t t) { attention_prefill_portable_cuda(a, t); }, 3);

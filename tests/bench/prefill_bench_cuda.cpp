@@ -1,10 +1,13 @@
 // Prefill kernels on the device: a bring-up ladder (kernels in processes of their own, so that a fault in one
 // does not hide the others), random shapes against fp64, repeatability, and times beside cuBLAS of the same
 // process.
-//   prefill_bench_cuda [--check | --quick | --sweep | --few | --attention | --profile TOKENS] [--no-fork]
+//   prefill_bench_cuda [--check | --quick | --sweep | --few | --attention [SHAPE[:TOKENS]] | --profile
+//   TOKENS]
+//                      [--no-fork]
 // --check: few small shapes and no timing, for compute-sanitizer (with --no-fork). --quick: the goals' table
 // alone behind fewer random shapes. --sweep: every tile and way of cutting too; --few: up to 32 tokens only.
-// --attention: that alone. --profile: the four products of a layer and nothing else, for a profiler.
+// --attention: that alone, for one SHAPE times only. --profile: the four products of a layer and nothing
+// else, for a profiler.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -182,14 +185,14 @@ std::vector<Rung> rungs(int sms) {
 
 enum class Mode { kCheck, kQuick, kPlain, kSweep, kFew };
 
-int run_attention(bool check) {
-  const int failed = check_attentions(check);
+int run_attention(bool check, const std::string& only) {
+  const int failed = only.empty() ? check_attentions(check) : 0;
   if (check) return failed ? 1 : 0;
   Timer timer;
   DeviceBuffer<uint16_t> x(normal_halves(8192 * 8192, 1, 3));
   DeviceBuffer<float> y(8192 * 8192);
   Dense dense(timer, x.data(), y.data(), 8192 * 8192);
-  time_attention(tflops(8192, 8192, 8192, dense.microseconds(8192, 8192, 8192, CUDA_R_16F, 5)), false);
+  time_attention(tflops(8192, 8192, 8192, dense.microseconds(8192, 8192, 8192, CUDA_R_16F, 5)), false, only);
   return failed ? 1 : 0;
 }
 
@@ -253,6 +256,7 @@ int run(Mode mode, bool fork_allowed) {
 int main(int argc, char** argv) {
   q4s::Mode mode = q4s::Mode::kPlain;
   bool fork_allowed = true, attention = false;
+  std::string only;
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
     if (a == "--check")
@@ -266,18 +270,18 @@ int main(int argc, char** argv) {
     else if (a == "--no-fork")
       fork_allowed = false;
     else if (a == "--attention")
-      attention = true;
+      attention = true, only = i + 1 < argc && argv[i + 1][0] != '-' ? argv[++i] : "";
     else if (a == "--profile" && i + 1 < argc)
       return q4s::profile_gemm(132, std::atoll(argv[i + 1])), 0;
     else
       return std::fprintf(
                  stderr,
-                 "prefill_bench_cuda [--check | --quick | --sweep | --few | --attention | --profile TOKENS] "
-                 "[--no-fork]\n"),
+                 "prefill_bench_cuda [--check | --quick | --sweep | --few | --attention [SHAPE[:TOKENS]] | "
+                 "--profile TOKENS] [--no-fork]\n"),
              2;
   }
   try {
-    if (attention) return q4s::run_attention(mode == q4s::Mode::kCheck);
+    if (attention) return q4s::run_attention(mode == q4s::Mode::kCheck, only);
     return q4s::run(mode, fork_allowed);
   } catch (const std::exception& e) {
     std::printf("\n%s\n", e.what());
