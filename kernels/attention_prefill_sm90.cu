@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           barrier_init(at.empty_v + i * 8, S::kConsumers * 4);
     }
     for (int i = 0; i < 2; ++i) {
-      barrier_init(at.full_q + i * 8, p.a.q_half ? 2 : 97);
+      barrier_init(at.full_q + i * 8, 32 + (p.a.q_half ? 1 : 96));  // positions; queries
       barrier_init(at.empty_q + i * 8, S::kConsumers);
     }
     barrier_init_fence();

@@ -138,7 +138,6 @@ __device__ void find_passes(typename S::Common& c, const AttentionPrefillArgs& a
     ++count;
   }
   if (lane == 0) c.count = count;
-  __syncwarp();
 }
 
 // The units of a tile: 128 positions of a pass each, for one who sees `last_end` positions of the last pass.
@@ -202,8 +201,8 @@ __device__ void produce(const Maps& maps, const Params& p, const Addresses<S>& a
                  tile.first, full_q);
     }
     find_passes<S>(common[slot], p.a, tile, lane);
+    barrier_arrive(full_q);  // of every lane: all have written
     if (lane == 0) {
-      barrier_arrive(full_q);
       const int column = tile.head / int(p.a.heads / p.a.kv_heads) * S::kHd;
       Walk<S> walk(common[slot]);
       const auto load = [&](const CUtensorMap& map, uint32_t to, uint32_t full, uint32_t empty) {
