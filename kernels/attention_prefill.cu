@@ -205,7 +205,7 @@ bool attention_prefill_supported(const KvLayer& kv, int64_t head_dim) {
 
 void attention_prefill_cuda(const AttentionPrefillArgs& a, cudaStream_t stream) {
   // Its tile is 128 queries: of fewer than 64 half would be idle.
-  if (device_facts().hopper && (a.head_dim == 64 || a.head_dim == 128) && a.tokens > 64)
+  if (attention_prefill_sm90_supported() && (a.head_dim == 64 || a.head_dim == 128) && a.tokens > 64)
     attention_prefill_sm90_cuda(a, stream);
   else
     attention_prefill_portable_cuda(a, stream);

@@ -21,6 +21,8 @@ namespace {
 using namespace prefill_attention;
 
 constexpr float kLog2e = 1.4426950408889634f;
+// A row's weights are at most 2^8: sums shrink seldom, and fp16 holds 2^15.
+constexpr float kRoom = 8, kLowest = -1e30f;
 
 #if Q4S_SM90A
 
@@ -32,13 +34,14 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
-// Rows from `row` on of a V tile become zero: no token is there, and 0 * NaN would reach the sums. All
-// warpgroups write the same.
+// Rows from `row` on of the V tile at `tile` become zero: no token is there, and 0 * NaN would reach the
+// sums. All warpgroups write the same.
 template <class S>
-__device__ void clear_rows(uint8_t* tile, int row, int group, int thread) {
-  for (int box = 0; box < S::kBoxes; ++box)
-    for (int i = row * 8 + thread; i < kKeys * 8; i += 128)
-      *reinterpret_cast<uint4*>(tile + box * S::kBoxBytes + i * 16) = make_uint4(0, 0, 0, 0);
+__device__ void clear_rows(uint32_t tile, int row, int group, int thread) {
+#pragma unroll 1
+  for (int i = row * 8 + thread; i < kKeys * 8; i += 128)
+#pragma unroll
+    for (int box = 0; box < S::kBoxes; ++box) store_shared(tile + box * S::kBoxBytes + i * 16, uint4{});
   proxy_fence();
   named_barrier(1 + group, 128);
 }
@@ -57,7 +60,7 @@ struct Turns {
 };
 
 template <class S>
-__device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const Addresses<S>& at,
+__device__ void consume(const Maps& maps, const Params& p, const Addresses<S>& at,
                         const typename S::Common* commons) {
   constexpr int kHd = S::kHd;
   const AttentionPrefillArgs& a = p.a;
@@ -77,7 +80,8 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
     const typename S::Common& common = commons[slot];
     const uint32_t q = at.q + slot * S::kQueryBytes + group * 64 * 128, q_low = wgmma_address(q);
     barrier_wait(at.full_q + slot * 8, n / 2 % 2);
-    float top[2] = {-INFINITY, -INFINITY}, total[2] = {}, shrink[2];
+    // Weights are powers of two of a score's distance from a base, which follows the largest so far.
+    float base[2] = {kLowest, kLowest}, total[2] = {}, most[2], shrink[2];
 #pragma unroll
     for (int i = 0; i < kHd / 2; ++i) o[i] = 0;
 
@@ -98,7 +102,7 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
     };
     const auto values = [&](int rows) {
       barrier_wait(at.full_v + of_v.stage * 8, of_v.parity);
-      if (rows < kKeys) clear_rows<S>(base + (S::kStages + of_v.stage) * S::kTileBytes, rows, group, thread);
+      if (rows < kKeys) clear_rows<S>(at.v + of_v.stage * S::kTileBytes, rows, group, thread);
       const uint32_t v_low = wgmma_n_address(at.v, S::kBoxBytes) + of_v.stage * (S::kTileBytes / 16);
       wgmma_fence();
 #pragma unroll
@@ -112,8 +116,8 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
       if (lane == 0) barrier_arrive(at.empty_v + of_v.stage * 8);
       of_v.next();
     };
-    // Scores to the weights of a softmax whose base is the largest score so far.
-    const auto soften = [&](const Walk<S>& walk) {
+    // Masks scores and takes their largest into account. True where some row's base is too far below it.
+    const auto look = [&](const Walk<S>& walk) {
       if (walk.first + kKeys > walk.pass.least + 1) {
         int last[2];  // of what a row sees, from this thread's first column on
 #pragma unroll
@@ -126,56 +130,63 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
           if (i / 4 * 8 + i % 2 > last[i % 4 / 2]) s[i] = -INFINITY;
       }
       // Several chains of each: one alone would wait for itself.
-      float high[4], sum[4];
+      float high[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) high[c] = fmaxf(s[c], s[4 + c]);
 #pragma unroll
       for (int i = 2; i < kKeys / 8; ++i)
 #pragma unroll
         for (int c = 0; c < 4; ++c) high[c] = fmaxf(high[c], s[4 * i + c]);
-      float most[2], less[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) most[r] = fmaxf(fmaxf(high[2 * r], high[2 * r + 1]), top[r]);
+      for (int r = 0; r < 2; ++r) most[r] = fmaxf(high[2 * r], high[2 * r + 1]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
 #pragma unroll
       for (int r = 0; r < 2; ++r) most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+      return __any_sync(~0u, most[0] * p.scale > base[0] + kRoom || most[1] * p.scale > base[1] + kRoom);
+    };
+    // Bases to what was looked at; what is summed already shrinks by `shrink`.
+    const auto raise = [&] {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        less[r] = (most[r] == -INFINITY ? 0 : most[r]) * p.scale;  // nothing seen yet
-        shrink[r] = exp2_fast(top[r] * p.scale - less[r]);
-        top[r] = most[r];
+        const float higher = fmaxf(most[r] * p.scale, base[r]);
+        shrink[r] = exp2_fast(base[r] - higher);
+        base[r] = higher, total[r] *= shrink[r];
       }
+    };
+    // Scores to weights.
+    const auto soften = [&] {
+      float sum[4];
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i)
+      for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           float& x = s[4 * i + c];
-          x = exp2_fast(x * p.scale - less[c / 2]);
+          x = exp2_fast(x * p.scale - base[c / 2]);
           sum[c] = i ? sum[c] + x : x;
         }
 #pragma unroll
-      for (int r = 0; r < 2; ++r) total[r] = total[r] * shrink[r] + (sum[2 * r] + sum[2 * r + 1]);
-    };
-    const auto pack = [&] {
+        for (int c = 0; c < 2; ++c)
+          w[i / 2][i % 2 * 2 + c] = pack_half2(s[4 * i + 2 * c], s[4 * i + 2 * c + 1]);
+      }
 #pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) w[i / 4][i % 4] = pack_half2(s[2 * i], s[2 * i + 1]);
+      for (int r = 0; r < 2; ++r) total[r] += sum[2 * r] + sum[2 * r + 1];
     };
 
-    Walk<S> walk(common);
-    const int last_end = S::kSkips ? common.last_end[group] : INT_MAX;
+    Walk<S> walk(common, S::kSkips ? common.last_end[group] : INT_MAX);
     scores();
     wgmma_wait<0>();
     scores_done();
-    soften(walk);
-    pack();
+    look(walk);
+    raise();
+    soften();
     if (stored >= 0 && thread == 0) {
       bulk_wait_read();
       barrier_arrive(at.empty_q + stored * 8);
     }
     while (true) {
       const int rows = walk.pass.end - walk.first;
-      if (!walk.next(last_end)) {
+      if (!walk.next()) {
         values(rows);
         break;
       }
@@ -185,17 +196,16 @@ __device__ void consume(const Maps& maps, const Params& p, uint8_t* base, const 
       turns.pass();
       wgmma_wait<1>();
       scores_done();
-      soften(walk);
-      // A branch that hangs on all of the softmax (sums are never negative): ptxas moves a wait to the top of
-      // its block.
-      if (__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1 || total[0] < 0 || total[1] < 0)) {
+      // ptxas moves a wait to the top of its block: behind a branch that hangs on the scores.
+      if (look(walk)) {
         values_done();
+        raise();
 #pragma unroll
         for (int i = 0; i < kHd / 2; ++i) o[i] *= shrink[i % 4 / 2];
       } else {
         values_done();
       }
-      pack();
+      soften();
     }
     float inverse[2];
 #pragma unroll
@@ -262,7 +272,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #if Q4S_SM90A
   extern __shared__ __align__(1024) uint8_t raw[];
   pdl_trigger();
-  const Addresses<S> at(raw);
+  const Addresses<S> at;
+  if (smem_address(raw) != kSharedStart) asm volatile("trap;");
   typename S::Common* common = reinterpret_cast<typename S::Common*>(raw + S::kCommon);
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
@@ -287,7 +298,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       convert_queries<S>(p, raw, at);
   } else {
     take_registers<S::kConsumerRegisters>();
-    consume<S>(maps, p, raw, at, common);
+    consume<S>(maps, p, at, common);
   }
 #endif
 }
@@ -321,6 +332,17 @@ void start(const AttentionPrefillArgs& a, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool attention_prefill_sm90_supported() {
+  static const bool supported = [] {
+    int device = 0, reserved = 0;
+    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+    cuda_check(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device),
+               "shared memory");
+    return device_facts().hopper && uint32_t(reserved) == kSharedStart;
+  }();
+  return supported;
+}
 
 void attention_prefill_sm90_cuda(const AttentionPrefillArgs& a, cudaStream_t stream) {
   if (a.head_dim == 128)

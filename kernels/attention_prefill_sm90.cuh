@@ -4,7 +4,9 @@
 
 namespace q4s {
 
-// head_dim 64 or 128, on a device of compute capability 9.0.
+// Compute capability 9.0, and shared memory where the kernel takes it to be.
+bool attention_prefill_sm90_supported();
+// head_dim 64 or 128.
 void attention_prefill_sm90_cuda(const AttentionPrefillArgs&, cudaStream_t);
 
 }  // namespace q4s

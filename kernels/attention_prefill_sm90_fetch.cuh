@@ -13,6 +13,9 @@
 namespace q4s::prefill_attention {
 
 constexpr int kKeys = 128;
+// Where a block's dynamic shared memory begins, after the driver's own. A number, since the compiler forms an
+// address that it does not know anew at each use.
+constexpr uint32_t kSharedStart = 1024;
 
 struct Params {
   AttentionPrefillArgs a;
@@ -80,8 +83,8 @@ struct Tile {
 template <class S>
 struct Addresses {
   uint32_t k, v, q, full_k, full_v, empty_k, empty_v, full_q, empty_q;
-  __device__ explicit Addresses(const uint8_t* base) {
-    k = smem_address(base);
+  __device__ Addresses() {
+    k = kSharedStart;
     v = k + S::kStages * S::kTileBytes;
     q = k + S::kQuery;
     full_k = k + S::kBarriers;
@@ -143,17 +146,24 @@ __device__ void find_passes(typename S::Common& c, const AttentionPrefillArgs& a
 // The units of a tile: 128 positions of a pass each, for one who sees `last_end` positions of the last pass.
 template <class S>
 struct Walk {
-  const typename S::Common& c;
-  int at = 0, first = 0;
+  const Pass* more;  // passes after this one
+  int left, first = 0, last_end, end;
   Pass pass;
-  __device__ explicit Walk(const typename S::Common& common) : c(common), pass(common.pass[0]) {}
-  __device__ bool next(int last_end = INT_MAX) {
+  __device__ explicit Walk(const typename S::Common& common, int last_end_ = INT_MAX)
+      : more(common.pass), left(common.count), last_end(last_end_) {
+    turn();
+  }
+  __device__ bool next() {
     first += kKeys;
-    if (first < (at + 1 == c.count ? min(pass.end, last_end) : pass.end)) return true;
-    if (at + 1 == c.count) return false;
-    pass = c.pass[++at];
-    first = 0;
+    if (first < end) return true;
+    if (left == 0) return false;
+    turn();
     return true;
+  }
+  __device__ void turn() {
+    pass = *more++;
+    end = --left ? pass.end : min(pass.end, last_end);
+    first = 0;
   }
 };
 
