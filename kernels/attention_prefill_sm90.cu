@@ -244,19 +244,23 @@ __device__ void consume(const Maps& maps, const Params& p, const Addresses<S>& a
         if (tile.queries > group * 64)
 #pragma unroll
           for (int box = 0; box < S::kBoxes; ++box)
-            tma_store(&maps.y, q + box * S::kQueryBox, tile.head * kHd + box * 64, tile.first + group * 64);
+            tma_store(&maps.y, q + box * S::kQueryBox, box * 64, tile.head,
+                      tile.first + (group * 64 >> p.pack));
         bulk_commit();
       }
       stored = slot;
     } else {
-      float* y = static_cast<float*>(a.y) + (int64_t(tile.first + row) * a.heads + tile.head) * kHd + t * 2;
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-        if (row + 8 * r < tile.queries)
+      for (int r = 0; r < 2; ++r) {
+        const int mine = row + 8 * r;
+        if (mine < tile.queries) {
+          float* y = static_cast<float*>(a.y) + row_of(p, tile, mine) * kHd + t * 2;
 #pragma unroll
           for (int d = 0; d < kHd / 8; ++d)
-            *reinterpret_cast<float2*>(y + 8 * r * a.heads * kHd + d * 8) =
+            *reinterpret_cast<float2*>(y + d * 8) =
                 make_float2(o[4 * d + 2 * r] * inverse[r], o[4 * d + 2 * r + 1] * inverse[r]);
+        }
+      }
       named_barrier(1 + group, 128);
       if (thread == 0) barrier_arrive(at.empty_q + slot * 8);
     }
@@ -307,26 +311,30 @@ template <class S>
 void start(const AttentionPrefillArgs& a, cudaStream_t stream) {
   // The cache does not say how many sequences it has: coordinates stay within it.
   constexpr int64_t kManySequences = 1 << 16;
-  const int64_t width = a.kv_heads * S::kHd, q_width = a.heads * S::kHd;
+  const int64_t width = a.kv_heads * S::kHd, group = a.heads / a.kv_heads;
+  // As many heads a tile as share keys and are a power of two: its queries are of fewer tokens, whose
+  // positions differ less.
+  int pack = 0;
+  while (S::kPacks && pack < kMaxPack && group % (2 << pack) == 0) ++pack;
   const auto cache_map = [&](const void* data) {
     return tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, data, width, a.kv.ctx, width * 2, 64, kKeys,
                        CU_TENSOR_MAP_SWIZZLE_128B, kManySequences, a.kv.ctx * width * 2});
   };
   const auto token_map = [&](const void* data, int rows) {
-    return tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, data, q_width, a.tokens, q_width * 2, 64, rows,
-                       CU_TENSOR_MAP_SWIZZLE_128B});
+    return tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, data, S::kHd, a.heads, S::kHd * 2, 64, 1 << pack,
+                       CU_TENSOR_MAP_SWIZZLE_128B, a.tokens, a.heads * S::kHd * 2, rows >> pack});
   };
   Maps maps = {cache_map(a.kv.k), cache_map(a.kv.v), {}, {}};
   if (a.q_half) maps.q = token_map(a.q, S::kQueries);
   if (a.y_half) maps.y = token_map(a.y, 64);
   constexpr int64_t kBandBytes = 32 << 20;
-  const int64_t tiles = ceil_div(a.tokens, S::kQueries),
-                head_bytes = a.kv.ctx * S::kHd * 4 * a.kv_heads / a.heads;
-  const int64_t band = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(head_bytes, 1), 1, a.heads);
-  const Params p{a, kLog2e / sqrtf(float(S::kHd)), int(tiles), int(band)};
+  const int64_t packs = a.heads >> pack, tiles = ceil_div(a.tokens << pack, S::kQueries),
+                pack_bytes = a.kv.ctx * S::kHd * 4 * (1 << pack) / group;
+  const int64_t band = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(pack_bytes, 1), 1, packs);
+  const Params p{a, kLog2e / sqrtf(float(S::kHd)), pack, int(tiles), int(band)};
   // With bands the lengths of tiles do not fall from round to round: there the device deals them out.
-  const int64_t all = tiles * a.heads,
-                grid = band == a.heads ? std::min<int64_t>(all, device_facts().multiprocessors) : all;
+  const int64_t all = tiles * packs,
+                grid = band == packs ? std::min<int64_t>(all, device_facts().multiprocessors) : all;
   launch("attention_prefill_sm90", attention_prefill_sm90_kernel<S>, dim3(unsigned(grid)), S::kThreads,
          S::kBytes, 1, true, stream, maps, p);
 }

@@ -13,6 +13,7 @@
 namespace q4s::prefill_attention {
 
 constexpr int kKeys = 128;
+constexpr int kMaxPack = 4;  // 16 heads
 // Where a block's dynamic shared memory begins, after the driver's own. A number, since the compiler forms an
 // address that it does not know anew at each use.
 constexpr uint32_t kSharedStart = 1024;
@@ -20,8 +21,9 @@ constexpr uint32_t kSharedStart = 1024;
 struct Params {
   AttentionPrefillArgs a;
   float scale;  // log2(e) / sqrt(hd): the softmax works in base 2
-  int tiles;    // of queries
-  int band;     // heads that run beside each other, their keys and values in L2
+  int pack;     // log2 of the heads of a tile, which share keys and values
+  int tiles;    // of queries, for such heads
+  int band;     // packs of heads that run beside each other, their keys and values in L2
 };
 struct Maps {
   CUtensorMap k, v, q, y;  // q and y where they are fp16
@@ -54,6 +56,9 @@ struct Shape {
   // Whether a warpgroup leaves out what only others see. With heads of 128 the turns' order wins less than it
   // costs.
   static constexpr bool kSkips = kHd == 64;
+  // Whether heads that share keys share tiles, which are of fewer tokens then: it wins where tiles would else
+  // end within 128 positions.
+  static constexpr bool kPacks = kQueries % kKeys != 0;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160,
                        kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static_assert(kBytes <= 227 * 1024);
@@ -63,22 +68,29 @@ struct Shape {
 
 using namespace hopper;
 
-// The n-th tile of this block. Bands of heads; within one the tiles with most positions first. Rounds of
-// tiles go over the blocks forwards and backwards in turn, which evens them out.
+// The n-th tile of this block. Its rows are queries of `pack` heads: tokens from `first` on, of each the
+// heads from `head` on. Bands of heads; within one the tiles with most positions first. Rounds of tiles go
+// over the blocks forwards and backwards in turn, which evens them out.
 struct Tile {
-  int head, first, queries;
+  int head, first, queries;  // rows that are there
   template <class S>
   __device__ bool find(const Params& p, int n) {
     const int grid = int(gridDim.x), i = n * grid + (n % 2 ? grid - 1 - int(blockIdx.x) : int(blockIdx.x));
-    if (i >= p.tiles * int(p.a.heads)) return false;
-    const int of_band = p.band * p.tiles, head0 = i / of_band * p.band, in_band = i % of_band;
-    const int band = min(p.band, int(p.a.heads) - head0);
-    head = head0 + in_band % band;
-    first = (p.tiles - 1 - in_band / band) * S::kQueries;
-    queries = int(min(p.a.tokens - first, int64_t(S::kQueries)));
+    const int packs = int(p.a.heads) >> p.pack;
+    if (i >= p.tiles * packs) return false;
+    const int of_band = p.band * p.tiles, first_pack = i / of_band * p.band, in_band = i % of_band;
+    const int band = min(p.band, packs - first_pack);
+    head = (first_pack + in_band % band) << p.pack;
+    first = (p.tiles - 1 - in_band / band) * (S::kQueries >> p.pack);
+    queries = int(min((p.a.tokens - first) << p.pack, int64_t(S::kQueries)));
     return true;
   }
 };
+
+// Where a row of a tile stands among the queries of all tokens and heads.
+__device__ inline int64_t row_of(const Params& p, const Tile& tile, int row) {
+  return int64_t(tile.first + (row >> p.pack)) * p.a.heads + tile.head + (row & ((1 << p.pack) - 1));
+}
 
 template <class S>
 struct Addresses {
@@ -98,15 +110,15 @@ struct Addresses {
 
 // By one warp.
 template <class S>
-__device__ void find_passes(typename S::Common& c, const AttentionPrefillArgs& a, const Tile& tile,
-                            int lane) {
+__device__ void find_passes(typename S::Common& c, const Params& p, const Tile& tile, int lane) {
   constexpr int kEach = S::kQueries / 32;  // rows of a lane, a warpgroup's two by two
   int position[kEach], sequence[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int row = i * 32 + lane;
-    position[i] = row < tile.queries ? a.at.position[tile.first + row] : -1;
-    sequence[i] = row < tile.queries ? a.at.sequence[tile.first + row] : -1;
+    const int token = tile.first + (row >> p.pack);
+    position[i] = row < tile.queries ? p.a.at.position[token] : -1;
+    sequence[i] = row < tile.queries ? p.a.at.sequence[token] : -1;
   }
 #pragma unroll
   for (int i = 0; i < kEach; ++i)
@@ -181,8 +193,7 @@ __device__ void convert_queries(const Params& p, uint8_t* base, const Addresses<
       const int row = i / (S::kHd / 8), piece = i % (S::kHd / 8);
       float4 low = make_float4(0, 0, 0, 0), high = low;
       if (row < tile.queries) {
-        const float4* from = reinterpret_cast<const float4*>(
-            q + ((tile.first + row) * p.a.heads + tile.head) * S::kHd + piece * 8);
+        const float4* from = reinterpret_cast<const float4*>(q + row_of(p, tile, row) * S::kHd + piece * 8);
         low = from[0], high = from[1];
       }
       *reinterpret_cast<uint4*>(to + piece / 8 * S::kQueryBox + row * 128 + (piece % 8 ^ row % 8) * 16) =
@@ -207,10 +218,10 @@ __device__ void produce(const Maps& maps, const Params& p, const Addresses<S>& a
       barrier_arrive_expect(full_q, S::kQueryBytes);
 #pragma unroll
       for (int box = 0; box < S::kBoxes; ++box)
-        tma_load(at.q + slot * S::kQueryBytes + box * S::kQueryBox, &maps.q, tile.head * S::kHd + box * 64,
-                 tile.first, full_q);
+        tma_load(at.q + slot * S::kQueryBytes + box * S::kQueryBox, &maps.q, box * 64, tile.head, tile.first,
+                 full_q);
     }
-    find_passes<S>(common[slot], p.a, tile, lane);
+    find_passes<S>(common[slot], p, tile, lane);
     barrier_arrive(full_q);  // of every lane: all have written
     if (lane == 0) {
       const int column = tile.head / int(p.a.heads / p.a.kv_heads) * S::kHd;

@@ -136,6 +136,11 @@ __device__ inline void tma_store(const void* map, uint32_t from, int c0, int c1)
                "r"(from), "r"(c0), "r"(c1)
                : "memory");
 }
+__device__ inline void tma_store(const void* map, uint32_t from, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+               "r"(from), "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
+}
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ inline void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ inline void tma_prefetch_map(const void* map) {

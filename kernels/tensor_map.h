@@ -23,7 +23,7 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // `planes` matrices of `rows` rows of `width` elements; rows and planes are pitch and plane_pitch bytes apart
-// (multiples of 16). Boxes of one plane, box_width x box_rows. Beyond a plane's edge a box reads zero.
+// (multiples of 16). Boxes of box_width x box_rows of box_planes planes. Beyond an edge a box reads zero.
 struct TensorMapShape {
   CUtensorMapDataType type;
   const void* data;
@@ -31,12 +31,13 @@ struct TensorMapShape {
   int box_width, box_rows;
   CUtensorMapSwizzle swizzle;
   int64_t planes = 0, plane_pitch = 0;  // 0: a matrix, addressed by two coordinates
+  int box_planes = 1;
 };
 inline CUtensorMap tensor_map(const TensorMapShape& s) {
   CUtensorMap map;
   const cuuint64_t size[3] = {cuuint64_t(s.width), cuuint64_t(s.rows), cuuint64_t(s.planes)};
   const cuuint64_t pitch[2] = {cuuint64_t(s.pitch), cuuint64_t(s.plane_pitch)};
-  const cuuint32_t box[3] = {cuuint32_t(s.box_width), cuuint32_t(s.box_rows), 1}, step[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {cuuint32_t(s.box_width), cuuint32_t(s.box_rows), cuuint32_t(s.box_planes)}, step[3] = {1, 1, 1};
   const CUresult r = tensor_map_encoder()(&map, s.type, s.planes ? 3 : 2, const_cast<void*>(s.data), size, pitch, box,
                                           step, CU_TENSOR_MAP_INTERLEAVE_NONE, s.swizzle,
                                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

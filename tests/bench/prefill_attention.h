@@ -132,7 +132,8 @@ inline int check_attentions(bool few) {
                                               {130, 66, 33, 0, 50, 1, false, true, true},
                                               {140, 8, 1, 0, 30, 2, true, true, true},
                                               {70, 96, 96, 0, 0, 2, true, false, true},
-                                              {1540, 2, 2, 0, 0, 1, false, true, true}};
+                                              {1540, 2, 1, 0, 0, 1, false, true, true},
+                                              {1540, 8, 1, 0, 0, 3, true}};
     const std::vector<AttentionCase> all = {{65, 2, 1, 0, 0},
                                             {1000, 36, 9, 0, 50, 3, false, true},
                                             {1700, 1, 1, 0, 0, 1, false, true, true},
