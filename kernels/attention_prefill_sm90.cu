@@ -1,10 +1,12 @@
 // attention_prefill.h on Hopper for heads of 64 and 128, after FlashAttention-3 (Shah et al., 2024). A tile
-// is 64 queries of one head for each consumer warpgroup. A producer warp fills a ring of K and V tiles of 128
-// positions by TMA, and the next tile's queries while this one is computed: blocks are persistent.
+// is 64 queries for each consumer warpgroup, of one head or of some that share keys. A producer warp fills a
+// ring of K and V tiles of 128 positions by TMA, and the next tile's queries while this one is computed:
+// blocks are persistent.
 //   S (64, 128) = Q K^T    both from shared memory
 //   O (64, hd) = P V       P is S's own registers, V read along its rows
-// A warpgroup has the scores of the next 128 positions and the values of the last ones under way while it is
-// at its softmax. Sums are f32; the order depends on the shapes alone.
+// A warpgroup asks for the scores of the next 128 positions and the values of the last ones at once, and is
+// at its softmax while the tensor core works for the others. Sums are f32; the order depends on the shapes
+// alone.
 #include <cuda_fp16.h>
 
 #include <algorithm>
@@ -21,8 +23,8 @@ namespace {
 using namespace prefill_attention;
 
 constexpr float kLog2e = 1.4426950408889634f;
-// A row's weights are at most 2^8: sums shrink seldom, and fp16 holds 2^15.
-constexpr float kRoom = 8, kLowest = -1e30f;
+// What a thread's weights of a row sum to at most in a tile, within fp16; a base before any score.
+constexpr float kMost = 1 << 15, kLowest = -1e30f;
 
 #if Q4S_SM90A
 
@@ -80,8 +82,9 @@ __device__ void consume(const Maps& maps, const Params& p, const Addresses<S>& a
     const typename S::Common& common = commons[slot];
     const uint32_t q = at.q + slot * S::kQueryBytes + group * 64 * 128, q_low = wgmma_address(q);
     barrier_wait(at.full_q + slot * 8, n / 2 % 2);
-    // Weights are powers of two of a score's distance from a base, which follows the largest so far.
-    float base[2] = {kLowest, kLowest}, total[2] = {}, most[2], shrink[2];
+    // A weight is two to the power of a score's distance from the row's base, which is the largest score of
+    // some tile.
+    float base[2] = {kLowest, kLowest}, total[2] = {};
 #pragma unroll
     for (int i = 0; i < kHd / 2; ++i) o[i] = 0;
 
@@ -116,69 +119,66 @@ __device__ void consume(const Maps& maps, const Params& p, const Addresses<S>& a
       if (lane == 0) barrier_arrive(at.empty_v + of_v.stage * 8);
       of_v.next();
     };
-    // Masks scores and takes their largest into account. True where some row's base is too far below it.
-    const auto look = [&](const Walk<S>& walk) {
-      if (walk.first + kKeys > walk.pass.least + 1) {
-        int last[2];  // of what a row sees, from this thread's first column on
+    const auto mask = [&](const Walk<S>& walk) {
+      if (walk.first + kKeys <= walk.pass.least + 1) return;
+      int last[2];  // of what a row sees, from this thread's first column on
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-          last[r] = common.sequence[row + 8 * r] == walk.pass.sequence
-                        ? common.position[row + 8 * r] - walk.first - t * 2
-                        : -1;
+      for (int r = 0; r < 2; ++r)
+        last[r] = common.sequence[row + 8 * r] == walk.pass.sequence
+                      ? common.position[row + 8 * r] - walk.first - t * 2
+                      : -1;
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i)
-          if (i / 4 * 8 + i % 2 > last[i % 4 / 2]) s[i] = -INFINITY;
-      }
-      // Several chains of each: one alone would wait for itself.
-      float high[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) high[c] = fmaxf(s[c], s[4 + c]);
-#pragma unroll
-      for (int i = 2; i < kKeys / 8; ++i)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) high[c] = fmaxf(high[c], s[4 * i + c]);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) most[r] = fmaxf(high[2 * r], high[2 * r + 1]);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
-#pragma unroll
-      for (int r = 0; r < 2; ++r) most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
-      return __any_sync(~0u, most[0] * p.scale > base[0] + kRoom || most[1] * p.scale > base[1] + kRoom);
+      for (int i = 0; i < kKeys / 2; ++i)
+        if (i / 4 * 8 + i % 2 > last[i % 4 / 2]) s[i] = -INFINITY;
     };
-    // Bases to what was looked at; what is summed already shrinks by `shrink`.
-    const auto raise = [&] {
+    // Bases of the rows that are low to the largest scores so far; sums so far shrink with them.
+    const auto raise = [&](bool low_0, bool low_1) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float higher = fmaxf(most[r] * p.scale, base[r]);
-        shrink[r] = exp2_fast(base[r] - higher);
-        base[r] = higher, total[r] *= shrink[r];
+        float most = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+        for (int i = 1; i < kKeys / 8; ++i) most = fmaxf(most, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        most = (r ? low_1 : low_0) ? fmaxf(most * p.scale, base[r]) : base[r];
+        const float shrink = exp2_fast(base[r] - most);
+        base[r] = most, total[r] *= shrink;
+#pragma unroll
+        for (int i = 0; i < kHd / 4; ++i) o[i / 2 * 4 + i % 2 + 2 * r] *= shrink;
       }
     };
-    // Scores to weights.
+    // Scores to weights. That a base is too low is seen from the weights: to look for the largest score of
+    // every tile first cost 7 % of the time with heads of 64.
     const auto soften = [&] {
       float sum[4];
+#pragma unroll 1
+      for (bool raised = false;; raised = true) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+        for (int i = 0; i < kKeys / 8; ++i) {
+          float x[4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          float& x = s[4 * i + c];
-          x = exp2_fast(x * p.scale - base[c / 2]);
-          sum[c] = i ? sum[c] + x : x;
+          for (int c = 0; c < 4; ++c) {
+            x[c] = exp2_fast(s[4 * i + c] * p.scale - base[c / 2]);
+            sum[c] = i ? sum[c] + x[c] : x[c];
+          }
+#pragma unroll
+          for (int c = 0; c < 2; ++c) w[i / 2][i % 2 * 2 + c] = pack_half2(x[2 * c], x[2 * c + 1]);
         }
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          w[i / 2][i % 2 * 2 + c] = pack_half2(s[4 * i + 2 * c], s[4 * i + 2 * c + 1]);
+        sum[0] += sum[1], sum[2] += sum[3];
+        if (raised || !__any_sync(~0u, fmaxf(sum[0], sum[2]) > kMost)) break;
+        // Of four threads' row by their own scores alone: its sums do not depend on its neighbours.
+        const uint32_t quad = 15u << (lane & 28);
+        raise(__ballot_sync(~0u, sum[0] > kMost) & quad, __ballot_sync(~0u, sum[2] > kMost) & quad);
       }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) total[r] += sum[2 * r] + sum[2 * r + 1];
+      total[0] += sum[0], total[1] += sum[2];
     };
 
     Walk<S> walk(common, S::kSkips ? common.last_end[group] : INT_MAX);
     scores();
     wgmma_wait<0>();
     scores_done();
-    look(walk);
-    raise();
+    mask(walk);
+    raise(true, true);
     soften();
     if (stored >= 0 && thread == 0) {
       bulk_wait_read();
@@ -196,15 +196,8 @@ __device__ void consume(const Maps& maps, const Params& p, const Addresses<S>& a
       turns.pass();
       wgmma_wait<1>();
       scores_done();
-      // ptxas moves a wait to the top of its block: behind a branch that hangs on the scores.
-      if (look(walk)) {
-        values_done();
-        raise();
-#pragma unroll
-        for (int i = 0; i < kHd / 2; ++i) o[i] *= shrink[i % 4 / 2];
-      } else {
-        values_done();
-      }
+      mask(walk);
+      values_done();
       soften();
     }
     float inverse[2];

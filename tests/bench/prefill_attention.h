@@ -15,6 +15,7 @@ struct AttentionCase {
   int sequences = 1;
   bool mixed = false;  // tokens of a sequence in any order, sequences in turns
   bool y_half = false, q_half = false;
+  bool rising = false;  // keys grow with the position, and scores with them
 };
 
 // Largest error / bound; `portable` asks for that kernel.
@@ -34,6 +35,9 @@ inline double check_attention(const AttentionCase& c, bool portable, uint64_t se
     used[sequence[t]] = std::max<int64_t>(used[sequence[t]], position[t] + 1);
   std::vector<uint16_t> k = normal_halves(c.sequences * ctx * width, 1, seed + 1),
                         v = normal_halves(k.size(), 1, seed + 2);
+  if (c.rising)
+    for (size_t i = 0; i < k.size(); ++i)
+      k[i] = float_to_half(half_to_float(k[i]) * (1 + 12 * float(int64_t(i) / width % ctx) / float(ctx)));
   for (int s = 0; s < c.sequences; ++s)  // what no token wrote is not a number
     for (int64_t i = (s * ctx + used[s]) * width; i < (s + 1) * ctx * width; ++i) k[i] = v[i] = 0xffff;
   std::normal_distribution<float> normal;
@@ -132,8 +136,9 @@ inline int check_attentions(bool few) {
                                               {130, 66, 33, 0, 50, 1, false, true, true},
                                               {140, 8, 1, 0, 30, 2, true, true, true},
                                               {70, 96, 96, 0, 0, 2, true, false, true},
+                                              {300, 2, 1, 0, 500, 1, false, true, true, true},
                                               {1540, 2, 1, 0, 0, 1, false, true, true},
-                                              {1540, 8, 1, 0, 0, 3, true}};
+                                              {1540, 8, 1, 0, 0, 3, true, false, false, true}};
     const std::vector<AttentionCase> all = {{65, 2, 1, 0, 0},
                                             {1000, 36, 9, 0, 50, 3, false, true},
                                             {1700, 1, 1, 0, 0, 1, false, true, true},
@@ -148,6 +153,8 @@ inline int check_attentions(bool few) {
                                             {2300, 14, 7, 0, 0, 1, false, true, true},
                                             {300, 48, 2, 0, 20, 2, false, true, true},
                                             {1601, 16, 1, 0, 100, 3, true, false, true},
+                                            {700, 4, 2, 0, 900, 2, true, false, true, true},
+                                            {1900, 4, 1, 0, 0, 1, false, true, true, true},
                                             {1700, 32, 4, 0, 0, 1, false, true, true}};
     for (const AttentionCase& c : few ? small : all) cases.push_back(c), cases.back().head_dim = hd;
   }
