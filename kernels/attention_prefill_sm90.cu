@@ -23,12 +23,12 @@ namespace {
 using namespace prefill_attention;
 
 constexpr float kLog2e = 1.4426950408889634f;
-// What a thread's weights of a row sum to at most in a tile, within fp16; a base before any score.
-constexpr float kMost = 1 << 15, kLowest = -1e30f;
-
 #if Q4S_SM90A
 
 using namespace hopper;
+
+// What a thread's weights of a row sum to at most in a tile, within fp16; a base before any score.
+constexpr float kMost = 1 << 15, kLowest = -1e30f;
 
 __device__ inline float exp2_fast(float x) {
   float y;
