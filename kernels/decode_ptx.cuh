@@ -19,9 +19,17 @@ __device__ inline uint32_t held(uint32_t v) {
   asm volatile("" : "+r"(v));
   return v;
 }
+// The same against ptxas, which may make again even what `held` returns: a shuffle it does not repeat. For all
+// lanes of a warp.
+__device__ inline uint32_t held_hard(uint32_t v) { return __shfl_xor_sync(0xffffffffu, v, 0); }
 __device__ inline float held_float(float v) {
   asm volatile("" : "+f"(v));
   return v;
+}
+template <class T>
+__device__ inline T* held_pointer(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
 }
 __device__ inline uint4 load_shared_16(uint32_t at) {
   uint4 v;
@@ -50,6 +58,9 @@ __device__ inline void store_shared(uint32_t at, uint32_t v) {
 }
 __device__ inline void store_shared(uint32_t at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+}
+__device__ inline void store_shared_8(uint32_t at, uint32_t low, uint32_t high) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(low), "r"(high) : "memory");
 }
 
 // The lane, read again at each use: what follows from it takes no registers in between.
@@ -163,6 +174,12 @@ __device__ inline void warps_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
+// The larger of |a| and |b|; of what is no number none that has the largest bits.
+__device__ inline float max_or_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return r;
+}
 // 1 / v but for an ulp, of normal v below 2^126.
 __device__ inline float reciprocal(float v) {
   float r;

@@ -43,8 +43,8 @@ struct DecodeMultiplier {
     if (phase == 0) linear_decode_prefetch_gain(a, warp, lane);
     warps_sync<kDecodeDone, kDecodeReaders>();  // all have done with the last x and its squares
     DecodeStaging<Tile, kScales>{
-        a,        p.tokens, first, units, x, meta, base + c.squares, number + uint32_t(a.x_from),
-        c.stride, lane,     warp}
+        a,        p.tokens, first, units,           x, meta, base + c.squares, number + uint32_t(a.x_from),
+        c.stride, lane,     warp,  p.inverse_tokens}
         .run();
     warps_sync<1, kDecodeWarps * 32>();
 
@@ -178,7 +178,8 @@ void launch_linear_decode(Kernel kernel, const LinearDecodeLaunch& l,
   LinearDecodeParams<kProducts> p{};
   static_assert(sizeof p <= 32764, "what a kernel takes");
   std::copy(products.begin(), products.end(), p.product);
-  p.count = int(products.size()), p.tokens = l.tokens, p.ahead = l.ahead, p.ahead_next = l.ahead_next;
+  p.count = int(products.size()), p.tokens = l.tokens, p.inverse_tokens = linear_decode_inverse(l.tokens);
+  p.ahead = l.ahead, p.ahead_next = l.ahead_next;
   p.done = l.done, p.config = l.config, p.attention = l.attention;
   launch("linear_decode", kernel, dim3(unsigned(l.config.blocks)), (kDecodeWarps + kDecodeReducers + 1) * 32,
          size_t(l.config.shared), 1, pdl, stream, p);

@@ -222,8 +222,9 @@ class DecodeAttention {
            head * (dim_ / kPacketValues + 1);
   }
   __device__ Packet* result(int head, int d) const {
-    return const_cast<Packet*>(p.product[product_].x_packets) +
-           ((place_.pair * queries_ + head) * dim_ + d) / kPacketValues;
+    const LinearDecodeProduct& to = p.product[product_];
+    return const_cast<Packet*>(to.x_packets) +
+           linear_decode_packet_place(place_.token, to.k, (place_.kv_head * queries_ + head) * dim_ + d);
   }
 
   // Adds what the warps found that had tiles, a warp 32 columns at a time.

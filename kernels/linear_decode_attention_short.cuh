@@ -196,7 +196,7 @@ __device__ inline void linear_decode_attend_short(const LinearDecodeProduct& fro
 #pragma unroll 4
   for (int w = 0; w < kDecodeWarps; ++w)
     value += __shfl_sync(0xffffffffu, weight, w) * meet[w * pitch + min(d, dim - 1)];
-  Packet* const to = out + ((place.token * from.heads + place.head) * dim + d) / kPacketValues;
+  Packet* const to = out + linear_decode_packet_place(place.token, from.heads * dim, place.head * dim + d);
   store_packets<1>(to, value / sum, number, lane, d < dim);
 }
 

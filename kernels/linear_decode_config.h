@@ -18,6 +18,7 @@ constexpr int kDecodeStages = 16;   // most stages of the ring
 constexpr int kDecodeQueries = 8;   // most query heads of a kv head, for attention
 constexpr int kDecodeOperand = 4;   // of them in one operand
 constexpr int kDecodeSharers = 16;  // most blocks that share the cache of a token and kv head
+constexpr int kPacketValues = 4;    // of a packet of linear_decode_packet.cuh
 constexpr int kUnitTiles = 2, kUnitColumns = kUnitTiles * kQ4TileCols;
 
 struct LinearDecodePart {
@@ -82,6 +83,18 @@ Q4S_HOST_DEVICE inline int linear_decode_parts(int old, int most) {
 // Where part `part` of so many begins, which is where the one before it ends.
 Q4S_HOST_DEVICE inline int linear_decode_part_begin(int old, int part, int parts) {
   return part == parts ? old : int(int64_t((old + 15) / 16) * part / parts) * 16;
+}
+
+// What makes i / tokens of i up to kDecodeWarps: i * it >> 8.
+Q4S_HOST_DEVICE constexpr int linear_decode_inverse(int tokens) { return (255 + tokens) / tokens; }
+
+// Which packet of x, (T, width), stands where: of a unit first those of the even runs of eight columns, then
+// those of the odd. A lane that stages x has columns 8 apart; so half a warp loads whole lines, of which half
+// as many are on their way as of halves of lines. Rows are padded to whole units.
+Q4S_HOST_DEVICE constexpr int linear_decode_packet_place(int token, int width, int column) {
+  const int packet = column / kPacketValues, row = (width + kUnitColumns - 1) / kUnitColumns;
+  return (token * row + column / kUnitColumns) * (kUnitColumns / kPacketValues) + packet % 4 / 2 * 16 +
+         packet / 4 % 8 * 2 + packet % 2;
 }
 
 // Groups of scales in a unit.

@@ -34,24 +34,23 @@ struct DecodeOutput {
   __device__ void finish(const LinearDecodeProduct& a, int tile_row, int r, int token, float u, float v,
                          uint32_t number, bool mine) const {
     const int row = tile_row * kQ4TileRows + r, lane = int(threadIdx.x) % 32;
-    // Value of row r of eight neighbours, from column `at` - r of `width` on.
-    const auto send = [&](int width, int at, float value, bool is) {
-      if (!a.y_packets) return;
-      store_packets<4>(a.y_packets + (token * width + at) / kPacketValues, value, number, lane, is);
+    // Value of row r of eight neighbours.
+    const auto send = [&](int place, float value, bool is) {
+      if (a.y_packets) store_packets<4>(a.y_packets + place, value, number, lane, is);
     };
     if (a.epilogue == Epilogue::kNone) {
       const bool first = mine && row < a.n, second = mine && row + 8 < a.n;
       const int64_t at = int64_t(token) * a.n + row;
       if (first) a.y[at] = u + low;
       if (second) a.y[at + 8] = v + high;
-      send(a.n, row, u + low, first);
-      send(a.n, row + 8, v + high, second);
+      send(linear_decode_packet_place(token, a.n, row), u + low, first);
+      send(linear_decode_packet_place(token, a.n, row + 8), v + high, second);
     } else if (a.epilogue == Epilogue::kSwiglu) {
       const int hidden = a.n / 2, i = tile_row * 8 + r;
       const float product = __fdividef(u, 1 + __expf(-u)) * v;
       const bool is = mine && i < hidden;
       if (is) a.y[int64_t(token) * hidden + i] = product;
-      send(hidden, i, product, is);
+      send(linear_decode_packet_place(token, hidden, i), product, is);
     } else {
       const int q_rows = a.heads * a.head_dim, k_rows = a.kv_heads * a.head_dim;
       int at = row, step = 8;  // rows of the file: at, at + step
@@ -68,8 +67,8 @@ struct DecodeOutput {
         a.y[int64_t(token) * q_rows + at] = x;
         a.y[int64_t(token) * q_rows + at + step] = y;
       }
-      send(a.n, at, x, mine);
-      send(a.n, at + step, y, mine);
+      send((token * a.n + at) / kPacketValues, x, mine);
+      send((token * a.n + at + step) / kPacketValues, y, mine);
     }
   }
 

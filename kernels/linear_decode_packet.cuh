@@ -3,12 +3,12 @@
 // needs no barrier and no fence: it loads until the number is right. Device code.
 #pragma once
 #include "kernels/decode_ptx.cuh"
+#include "kernels/linear_decode_config.h"
 
 namespace q4s {
 
 // Bits 0..23 of x, y, z hold the first three values, bits 24..31 the fourth; w the number.
 using Packet = uint4;
-constexpr int kPacketValues = 4;
 
 __device__ inline Packet load_packet(const Packet* p) {
   uint64_t low, high;

@@ -19,12 +19,12 @@ struct LinearDecodeProduct {
   const uint8_t* codes;
   const uint16_t* scales;
   const float* x;           // (T, K), or null where x is
-  const Packet* x_packets;  // (T, K / 4); of product x_from, or of the attention before this one
+  const Packet* x_packets;  // of product x_from, or of the attention before this one, by linear_decode_packet_place
   const float* gain;        // (K) or null
   const float* residual;    // (T, N) or null; where a product of the chain made it, each value is read by
                             // the thread that stored it
   float* y;
-  Packet* y_packets;  // or null
+  Packet* y_packets;  // or null; of kRopeKv (T, N / 4), else by linear_decode_packet_place
   const float* table;
   const int32_t* position;
   const int32_t* sequence;
@@ -53,7 +53,7 @@ struct LinearDecodeAttention {
 template <int kProducts>
 struct LinearDecodeParams {
   LinearDecodeProduct product[kProducts];
-  int count, tokens;
+  int count, tokens, inverse_tokens;  // linear_decode_inverse
   int ahead, ahead_next;  // stages on their way at a time; the first of a product, whose x is on its way too
   uint32_t* done;         // (blocks) products of chains so far; null: no packets
   LinearDecodeAttention attention;

@@ -11,13 +11,13 @@
 namespace q4s {
 
 // kLoads: of 16 bytes, that a lane makes of a unit; kBelow: what the codes of a tile's rows 8.. are
-// multiplied with in the fragments. kWord: order of x in a word of four columns (of 16), as selector of
-// __byte_perm( columns 0..3 from 2t, columns 8..11 from 2t) for lane t = 0; kNextWord: for t + 1.
+// multiplied with in the fragments. kHigh, kLow: I and R in a word of four columns (of 16), as selectors of
+// __byte_perm(X of columns 2t and 2t + 8, X of 2t + 1 and 2t + 9) as 16 bits each.
 struct Int4Tile {
   static constexpr bool kInteger = true, kSigned = false;
   static constexpr int kBits = 4, kLoads = 2;
   static constexpr int kBelow = 16;  // codes of the lower eight rows stay where they are in their byte
-  static constexpr uint32_t kWord = 0x5140, kNextWord = 0x7362;
+  static constexpr uint32_t kHigh = 0x7531, kLow = 0x6420;
   // A fragment of columns 32 step .. of the unit, v: the load that has it, step * kLoads / 4.
   __device__ static void fragment(uint32_t (&a)[4], const uint4& v, int step) {
     const uint32_t w = step % 2 ? v.z : v.x, next = step % 2 ? v.w : v.y;
@@ -28,7 +28,7 @@ struct Int4Tile {
 struct Int8Tile {
   static constexpr bool kInteger = true, kSigned = true;
   static constexpr int kBits = 8, kLoads = 4, kBelow = 1;
-  static constexpr uint32_t kWord = 0x5410, kNextWord = 0x7632;
+  static constexpr uint32_t kHigh = 0x7351, kLow = 0x6240;
   __device__ static void fragment(uint32_t (&a)[4], const uint4& v, int) {
     a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
   }
@@ -56,7 +56,8 @@ class DecodeSums {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const int token = min(kBlockTokens * b + (Tile::kInteger ? g / 2 : g), tokens - 1);
-      x_[b] = held(x + token * stride + t * 16 + (Tile::kInteger ? g % 2 * 64 : 0));
+      const uint32_t at = x + token * stride + t * 16 + (Tile::kInteger ? g % 2 * 64 : 0);
+      x_[b] = kBlocks == 1 ? held_hard(at) : held(at);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
         meta_[b][i] =

@@ -123,6 +123,20 @@ TEST_CASE("linear_decode_config: attention is dealt out evenly") {
     }
 }
 
+TEST_CASE("linear_decode_config: packets of x stand so that half a warp loads whole lines") {
+  for (const int width : {4, 64, 172, 4096}) {
+    const int units = (width + kUnitColumns - 1) / kUnitColumns;
+    for (int token = 0; token < 3; ++token)
+      for (int column = 0; column < width; column += kPacketValues) {
+        const int place = linear_decode_packet_place(token, width, column) - token * units * 32;
+        const int unit = place / 32, second = place % 32 / 16, lane = place % 16;
+        REQUIRE(column == unit * kUnitColumns + lane / 2 * 16 + lane % 2 * 4 + second * 8);
+      }
+  }
+  for (int tokens = 1; tokens <= 16; ++tokens)
+    for (int i = 0; i <= kDecodeWarps; ++i) REQUIRE((i * linear_decode_inverse(tokens) >> 8) == i / tokens);
+}
+
 TEST_CASE("linear_decode_config: eight rows of a tile of the cache meet eight groups of banks") {
   for (int head_dim = 16; head_dim <= 128; head_dim += 16) {
     const LinearDecodeBox box(head_dim);
