@@ -184,6 +184,11 @@ __device__ inline void store_async(uint32_t to, float4 v, uint32_t bar) {
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar)
       : "memory");
 }
+__device__ inline void store_async(uint32_t to, float v, uint32_t bar) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+               "f"(v), "r"(bar)
+               : "memory");
+}
 
 // ---- registers and named barriers
 // ------------------------------------------------------------------------------

@@ -17,13 +17,15 @@
 #include "kernels/linear_decode_attention.cuh"
 #include "kernels/linear_decode_attention_short.cuh"
 #include "kernels/linear_decode_output.cuh"
+#include "kernels/linear_decode_pair.cuh"
 #include "kernels/linear_decode_tiles.cuh"
 #include "kernels/pdl.cuh"
 
 namespace q4s {
 
-// A warp that multiplies, through one phase of a product: unit `warp` of each stage.
-template <class Tile, int kScales, int kTokens, class Params>
+// A warp that multiplies, through one phase of a product: unit `warp` of each stage; in a pair, half of them
+// each of the two tile rows.
+template <class Tile, int kScales, int kTokens, bool kPair, class Params>
 struct DecodeMultiplier {
   const Params& p;
   uint8_t* shared;
@@ -33,11 +35,14 @@ struct DecodeMultiplier {
   __device__ void run(LinearDecodeRing& ring, uint32_t& parities, int product, int phase) const {
     constexpr int kUnitBytes = kQ4TileBytes * Tile::kBits / 4 * kUnitTiles;
     constexpr int kUnitScales = kScales * kQ4TileRows;
+    constexpr int kWarps = kPair ? kDecodePairWarps : kDecodeWarps;  // of a tile row
+    constexpr int kTogether = kDecodeWarps / kWarps;                 // tile rows
     const LinearDecodeConfig& c = p.config;
     const LinearDecodeProduct& a = p.product[product];
     const LinearDecodePart& part = a.part;
-    const int first = part.phase_begin(phase), units = part.phase_begin(phase + 1) - first;
-    const int rows = LinearDecodeRows(part, product).rows;
+    const int piece = linear_decode_rank<kPair>() * part.phases + phase;
+    const int first = part.piece_begin(piece), units = part.piece_begin(piece + 1) - first;
+    const int rows = LinearDecodeRows<kPair>(part, product).rows;
     if (rows == 0) return;
     const uint32_t base = shared_address(shared), x = base + c.x, meta = base + c.meta;
     if (phase == 0) linear_decode_prefetch_gain(a, warp, lane);
@@ -50,16 +55,19 @@ struct DecodeMultiplier {
 
     DecodeSums<Tile, kScales, kTokens> sums(a, x, c.stride, meta, p.tokens, lane);
     const uint32_t partial = held(base + c.partial), sum_bytes = p.tokens * (kQ4TileRows * 4);
+    const int nth = kPair ? warp % kWarps : warp;  // unit of a stage
+    const uint32_t tile = kPair ? warp / kWarps : 0;
     const uint32_t codes_at = held(warp * kUnitBytes + lane * 16);  // in a stage
     const uint32_t scales_at = held(c.stage_scales + warp * kUnitScales * 2 + lane / 4 * 2);
-    int row = 0, col = warp;
+    int row = 0, col = nth;
     // On to the next row; hands in this warp's sums of the last one if it has a part of it.
     const auto pass_row = [&](bool mine) {
       const uint32_t m = uint32_t(row) % kDecodeMeetings;
       mbarrier_wait(ring.sums_empty(m), (parities >> m & 1) ^ 1);
       parities ^= 1u << m;
       if (mine) {
-        sums.store(partial + (m * kDecodeWarps + uint32_t(col) % kDecodeWarps) * sum_bytes, p.tokens, lane);
+        const uint32_t slot = m * kWarps + uint32_t(col) % kWarps;
+        sums.store(partial + (slot * kTogether + tile) * sum_bytes, p.tokens, lane);
         sums.clear();
       }
       mbarrier_arrive(ring.sums_full(m));
@@ -68,20 +76,20 @@ struct DecodeMultiplier {
     for (; col >= units && row < rows; col -= units) pass_row(false);
     const int total = rows * units;
 #pragma unroll 1
-    for (int left = (total - warp + kDecodeWarps - 1) / kDecodeWarps; left > 0; --left) {
+    for (int left = (total - nth + kWarps - 1) / kWarps; left > 0; --left) {
       ring.wait_full();
       const auto codes = sums.read(ring.stage() + codes_at, ring.stage() + scales_at,
                                    kScales > 1 ? a.groups - (first + col) * kScales : 1);
       mbarrier_arrive(ring.empty());
       ring.next();
       sums.add(codes, col, (first + col) * kUnitTiles + 1 < a.k_tiles);
-      col += kDecodeWarps;
+      col += kWarps;
       if (col < units) continue;
       pass_row(true);
       for (col -= units; col >= units; col -= units)
         if (row < rows) pass_row(false);
     }
-    if (total % kDecodeWarps != 0 && warp >= total % kDecodeWarps) {  // no unit in the last stage
+    if (total % kWarps != 0 && nth >= total % kWarps) {  // no unit in the last stage
       ring.wait_full();
       mbarrier_arrive(ring.empty());
       ring.next();
@@ -92,18 +100,20 @@ struct DecodeMultiplier {
 
 // kTokens: up to 4, 8 or 16. kShared: blocks share out the caches of a chain's attention; else each makes
 // that of one head, over a short context, in a kernel that is quicker throughout for having less in it.
-template <class Tile, int kTokens, int kProducts, bool kShared>
-__global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
-    linear_decode_kernel(const __grid_constant__ LinearDecodeParams<kProducts> p) {
-  extern __shared__ __align__(128) uint8_t shared[];
+template <class Tile, int kTokens, int kProducts, bool kShared, bool kPair>
+__device__ __forceinline__ void linear_decode_block(const LinearDecodeParams<kProducts>& p, uint8_t* shared) {
   const LinearDecodeConfig& c = p.config;
   const int lane = int(threadIdx.x) % 32, warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   LinearDecodeRing ring(c, shared);
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
+#if Q4S_SM90A
+  if constexpr (kPair) hopper::cluster_arrive_relaxed();
+#endif
 
+  DecodePlace* const places = reinterpret_cast<DecodePlace*>(shared + c.place);
   if (warp == kDecodeWarps + kDecodeReducers) {
-    linear_decode_produce<Tile, kShared>(p, ring, lane);
+    linear_decode_produce<Tile, kShared, kPair>(p, ring, places, lane);
     return;
   }
   if (p.count == 1) pdl_trigger();
@@ -114,25 +124,37 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
     warps_arrive<2, kDecodeReaders>();  // the number of products is read
     const int j = warp - kDecodeWarps;
     const auto at = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
-    linear_decode_reduce<kTokens>(
-        p, ring, {at(c.partial), at(c.sums), at(c.norm) + j * p.tokens, at(c.squares)}, first, j, lane);
+    const DecodeSumPlaces sums{at(c.partial), at(c.sums), at(c.norm) + j * p.tokens, at(c.squares)};
+    if constexpr (kPair) {
+#if Q4S_SM90A
+      hopper::cluster_wait();  // the other block's barriers exist
+      linear_decode_reduce_pair<kTokens>(p, ring, sums, at(c.inbox), first, j, lane);
+#endif
+    } else {
+      linear_decode_reduce<kTokens>(p, ring, sums, first, j, lane);
+    }
     return;
   }
   constexpr bool kAttends = kProducts > 1;  // chains
   using Place = std::conditional_t<kShared, DecodePlace, DecodeHead>;
-  Place* const place = reinterpret_cast<Place*>(shared + c.place);
+  Place* const place = reinterpret_cast<Place*>(places + kDecodeRounds);
   const bool attends =
       kAttends && int(blockIdx.x) < p.attention.pairs * (kShared ? p.attention.sharers : p.attention.queries);
   if constexpr (kAttends) {
-    if (attends && threadIdx.x == 0) *place = Place(p.attention);
+    if (attends && int(threadIdx.x) < p.attention.rounds)
+      place[threadIdx.x] = Place(p.attention, int(threadIdx.x));
     warps_sync<1, kDecodeWarps * 32>();
   }
   uint32_t parities = 0;
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
     if constexpr (kShared) {
-      if (attends && place->parts > 0 && p.product[i].attends)
-        DecodeAttention<LinearDecodeParams<kProducts>>(p, i, *place, shared + c.x, first, warp).run(ring);
+      if (attends && p.product[i].attends)
+#pragma unroll 1
+        for (int round = 0; round < p.attention.rounds; ++round)
+          if (place[round].parts > 0)
+            DecodeAttention<LinearDecodeParams<kProducts>>(p, i, place[round], shared + c.x, first, warp)
+                .run(ring);
     } else if constexpr (kAttends) {
       if (attends && i + 1 < p.count && p.product[i + 1].attends)
         linear_decode_prefetch_short(p.product[i], *place, warp, lane);
@@ -143,7 +165,7 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
 #pragma unroll 1
     for (int phase = 0; phase < p.product[i].part.phases; ++phase) {
       const auto run = [&](auto scales) {
-        DecodeMultiplier<Tile, decltype(scales)::value, kTokens, LinearDecodeParams<kProducts>>{
+        DecodeMultiplier<Tile, decltype(scales)::value, kTokens, kPair, LinearDecodeParams<kProducts>>{
             p, shared, first, warp, kShared ? lane_again() : lane}
             .run(ring, parities, i, phase);
       };
@@ -164,6 +186,29 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
   if (p.done && threadIdx.x == 0) p.done[blockIdx.x] = first + uint32_t(p.count) - 1;
 }
 
+template <class Tile, int kTokens, int kProducts, bool kShared>
+__global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
+    linear_decode_kernel(const __grid_constant__ LinearDecodeParams<kProducts> p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  linear_decode_block<Tile, kTokens, kProducts, kShared, false>(p, shared);
+}
+
+// For blocks in clusters of two, on sm_90.
+template <class Tile, int kTokens, int kProducts>
+__global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
+    linear_decode_pair_kernel(const __grid_constant__ LinearDecodeParams<kProducts> p) {
+#if Q4S_SM90A
+  extern __shared__ __align__(128) uint8_t shared[];
+  linear_decode_block<Tile, kTokens, kProducts, true, true>(p, shared);
+  __syncwarp();
+  // The other block still sends to this one's memory. Reducers have waited for the first phase already.
+  const int warp = int(threadIdx.x) / 32;
+  if (warp < kDecodeWarps || warp == kDecodeWarps + kDecodeReducers) hopper::cluster_wait();
+  __syncwarp();
+  hopper::cluster_leave();
+#endif
+}
+
 // What all products of a launch share.
 struct LinearDecodeLaunch {
   LinearDecodeConfig config;
@@ -182,15 +227,24 @@ void launch_linear_decode(Kernel kernel, const LinearDecodeLaunch& l,
   p.ahead = l.ahead, p.ahead_next = l.ahead_next;
   p.done = l.done, p.config = l.config, p.attention = l.attention;
   launch("linear_decode", kernel, dim3(unsigned(l.config.blocks)), (kDecodeWarps + kDecodeReducers + 1) * 32,
-         size_t(l.config.shared), 1, pdl, stream, p);
+         size_t(l.config.shared), l.config.pair ? kDecodePair : 1, pdl, stream, p);
 }
 // Parameters of a long chain take longer to reach the device.
 template <class Tile>
 void launch_linear_decode(const LinearDecodeLaunch& l, const std::vector<LinearDecodeProduct>& products,
                           cudaStream_t stream, bool pdl) {
   constexpr int kShort = 4;
-  static_assert(kLinearDecodeChainTokens <= 4, "the tokens of the kernels of chains");
   const int tokens = l.config.tokens;
+  if constexpr (Tile::kBits == 4) {
+    if (l.config.pair)
+      return products.size() > kShort
+                 ? launch_linear_decode<kLinearDecodeChain>(
+                       linear_decode_pair_kernel<Tile, kLinearDecodeChainTokens, kLinearDecodeChain>, l,
+                       products, stream, pdl)
+                 : launch_linear_decode<kShort>(
+                       linear_decode_pair_kernel<Tile, kLinearDecodeChainTokens, kShort>, l, products, stream,
+                       pdl);
+  }
   if (l.attention.sharers > 0)
     launch_linear_decode<kLinearDecodeChain>(linear_decode_kernel<Tile, 4, kLinearDecodeChain, true>, l,
                                              products, stream, pdl);

@@ -9,8 +9,8 @@
 // Values: x is rounded to 16 significant bits. For integer codes each 128 columns of it are then rounded to
 // integers below 32640, the largest of them, and the sums of a group of codes are exact; for fp16 weights x
 // is rounded to fp16 under a power of two for each 128 columns, so that no x is too large. These sums are
-// added in f32, in an order that depends on K alone. An x that is no number makes every output of its token
-// none.
+// added in f32, in an order that depends on K alone, but for int4 and five to eight tokens in another one. An
+// x that is no number makes every output of its token none.
 #pragma once
 #include "kernels/cuda_stream.h"
 #include "kernels/q4_tiles.h"
@@ -48,13 +48,15 @@ struct LinearDecodeArgs {
   int64_t heads = 0, kv_heads = 0;
 };
 
-// Most tokens of a launch. Most for which launches beat a GEMM: on sm_90 the int4 GEMM is quicker from five
-// on.
+// Most tokens of a launch. Most for which launches beat a GEMM: on sm_90 the int4 GEMM is quicker from nine
+// on, or from five where blocks cannot work in pairs.
 constexpr int64_t kLinearDecodeTokens = 16;
 int64_t linear_decode_most_tokens(int bits);
-// The most products of a chain, and the most tokens for which one chain beats a kernel for each product.
+// The most products of a chain. The most tokens for which one chain beats a kernel for each product, and of
+// any format and device.
 constexpr size_t kLinearDecodeChain = 128;
-constexpr int64_t kLinearDecodeChainTokens = 4;
+constexpr int64_t kLinearDecodeChainTokens = 8;
+int64_t linear_decode_chain_tokens(int bits);
 constexpr int64_t kLinearDecodeChainColumns = 32768;  // most of y where a product follows
 // Contexts up to which a block makes the attention of a head alone; beyond, blocks share it out.
 constexpr int64_t kLinearDecodeShort = 256;

@@ -64,7 +64,7 @@ struct DecodeHead {
   int token, head, kv_head;
   int position, sequence;  // of the token
 
-  __device__ explicit DecodeHead(const LinearDecodeAttention& a)
+  __device__ DecodeHead(const LinearDecodeAttention& a, int)
       : token(int(blockIdx.x) / (a.kv_heads * a.queries)),
         head(int(blockIdx.x) % (a.kv_heads * a.queries)),
         kv_head(head / a.queries),

@@ -4,6 +4,10 @@
 // of a block's rows, one row after another, are the stream that it reads: kDecodeWarps of them a stage, one
 // for each warp. Where x of all columns does not fit shared memory, columns are taken in phases, over all of
 // the block's rows each.
+//
+// For many tokens, whose x takes long to stage and much memory, blocks work in pairs: each stages half of the
+// columns, takes two tile rows at a time, half of its warps each, and gives the other the sums of one of
+// them.
 #pragma once
 #include <vector>
 
@@ -11,37 +15,47 @@
 
 namespace q4s {
 
-constexpr int kDecodeWarps = 16;    // that multiply
-constexpr int kDecodeReducers = 2;  // warps that add up rows, in turn
-constexpr int kDecodeMeetings = 2;  // rows whose sums meet at a time
-constexpr int kDecodeStages = 16;   // most stages of the ring
-constexpr int kDecodeQueries = 8;   // most query heads of a kv head, for attention
-constexpr int kDecodeOperand = 4;   // of them in one operand
-constexpr int kDecodeSharers = 16;  // most blocks that share the cache of a token and kv head
-constexpr int kPacketValues = 4;    // of a packet of linear_decode_packet.cuh
+constexpr int kDecodeWarps = 16;     // that multiply
+constexpr int kDecodePairWarps = 8;  // of them, in a pair, for each of its two tile rows
+constexpr int kDecodePair = 2;       // blocks of a pair, and tile rows that it takes at a time
+constexpr int kDecodeReducers = 2;   // warps that add up rows, in turn
+constexpr int kDecodeMeetings = 2;   // rows whose sums meet at a time
+constexpr int kDecodeStages = 16;    // most stages of the ring
+constexpr int kDecodeQueries = 8;    // most query heads of a kv head, for attention
+constexpr int kDecodeOperand = 4;    // of them in one operand
+constexpr int kDecodeSharers = 16;   // most blocks that share the cache of a token and kv head
+constexpr int kDecodeRounds = 3;     // most kv heads of tokens that a block attends to, one after another
+constexpr int kPacketValues = 4;     // of a packet of linear_decode_packet.cuh
 constexpr int kUnitTiles = 2, kUnitColumns = kUnitTiles * kQ4TileCols;
 
 struct LinearDecodePart {
-  int rows = 0, more_rows = 0;                 // tile rows of a block; the first `more_rows` have one more
-  int units = 0, phases = 1, phase_units = 0;  // of a row; the most of a phase
-  // Units [first, second) of a phase, the same number but for one.
-  Q4S_HOST_DEVICE int phase_begin(int phase) const {
-    return phase * (units / phases) + (phase < units % phases ? phase : units % phases);
+  // Tile rows of a block, or two at a time of a pair; the first `more_rows` have one more.
+  int rows = 0, more_rows = 0;
+  // Of a row: units, pieces that they are cut into: `phases` of the first block of a pair, then of the
+  // second; the most units of a piece.
+  int units = 0, pieces = 1, phases = 1, piece_units = 0;
+  // Piece i is units [piece_begin(i), piece_begin(i + 1)), the same number but for one.
+  Q4S_HOST_DEVICE int piece_begin(int piece) const {
+    return piece * (units / pieces) + (piece < units % pieces ? piece : units % pieces);
   }
 };
 
 struct LinearDecodeConfig {
   int tokens = 0;  // of one launch
   int blocks = 0;
+  bool pair = false;
   int stages = 0, stage_bytes = 0, stage_scales = 0;  // of the ring; where in a stage its scales are
   int stride = 0;                                     // bytes of a token's x in shared memory
   // Bytes: where a block's shared memory has what, and its size. At 0 the ring, each stage kDecodeWarps units
   // of codes, then of scales; or a LinearDecodeBox of the cache; x: (T) of `stride`, or attention: a
-  // LinearDecodeMeeting, or (kDecodeWarps, head_dim + 2) f32; meta: (phase_units, T, linear_decode_meta())
-  // words; squares: (units, T) f32; partial sums: (kDecodeMeetings, kDecodeWarps, T, 16) f32; sums of earlier
-  // phases: (rows, T, 16) f32; norm: (kDecodeReducers, T) f32; place: whose attention the block makes, 9
-  // words; barriers of 8 bytes: 2 a stage, 2 a meeting.
-  int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, place = 0, barriers = 0, shared = 0;
+  // LinearDecodeMeeting, or (kDecodeWarps, head_dim + 2) f32; meta: (piece_units, T, linear_decode_meta())
+  // words; squares: (units, T) f32; partial sums: (kDecodeMeetings, kDecodeWarps, T, 16) f32, of a pair
+  // (kDecodeMeetings, kDecodePairWarps, 2, T, 16); sums of earlier phases: (rows, T, 16) f32, of a pair
+  // (rows, 2, T, 16); norm: (kDecodeReducers, T) f32; inbox: what the other block of a pair sends,
+  // kDecodeMeetings times linear_decode_inbox(T) f32; place: whose attention the block makes, 9 words for
+  // each of kDecodeRounds, twice; barriers of 8 bytes: 2 a stage, 4 a meeting.
+  int x = 0, meta = 0, squares = 0, partial = 0, sums = 0, norm = 0, inbox = 0, place = 0, barriers = 0,
+      shared = 0;
   int attend_warps = 0;  // those that share the tiles of a block's attention with one operand
 };
 
@@ -97,6 +111,9 @@ Q4S_HOST_DEVICE constexpr int linear_decode_packet_place(int token, int width, i
          packet / 4 % 8 * 2 + packet % 2;
 }
 
+// Floats from one meeting's inbox to the next: sums of a tile row, and of the squares of x.
+Q4S_HOST_DEVICE constexpr int linear_decode_inbox(int tokens) { return (17 * tokens + 3) / 4 * 4; }
+
 // Groups of scales in a unit.
 constexpr int linear_decode_unit_groups(const Q4Layout& l) {
   return l.bits == 16 ? 0 : l.group >= l.k || l.group >= kUnitColumns ? 1 : int(kUnitColumns / l.group);
@@ -115,8 +132,9 @@ struct LinearDecodeCut {
 };
 
 // As many of `tokens` at once as fit `shared_bytes` a block, of a wide format at most eight, since more leave
-// too little of it to the ring; `shared` is more than that where not even one does.
+// too little of it to the ring; `shared` is more than that where not even one does. pair: for blocks in
+// pairs, of an even number of multiprocessors.
 LinearDecodeCut linear_decode_cut(const LinearDecodeShape*, size_t count, int tokens, int multiprocessors,
-                                  int shared_bytes);
+                                  int shared_bytes, bool pair = false);
 
 }  // namespace q4s

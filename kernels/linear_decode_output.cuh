@@ -99,6 +99,18 @@ struct DecodeSumPlaces {
   const float* squares;  // (units, T)
 };
 
+// Sum of squares of x of token lane % kTokens, over units [begin, end), for all lanes of a warp.
+template <int kTokens>
+__device__ inline float linear_decode_squares(const float* squares, int begin, int end, int tokens,
+                                              int lane) {
+  const int token = min(lane % kTokens, tokens - 1);
+  float sum = 0;
+  for (int u = begin + lane / kTokens; u < end; u += 32 / kTokens) sum += squares[u * tokens + token];
+#pragma unroll
+  for (int d = kTokens; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+  return sum;
+}
+
 // Warp `j` of the reducers: rows j, j + kDecodeReducers ... of a block's tile rows. A lane adds the sums of
 // one token, four lanes those of the only one; in the same order.
 template <int kTokens, class Params>
@@ -113,11 +125,11 @@ __device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ri
   for (int i = 0; i < p.count; ++i) {
     const LinearDecodeProduct& a = p.product[i];
     const LinearDecodePart& cut = a.part;
-    const LinearDecodeRows rows(cut, i);
+    const LinearDecodeRows<false> rows(cut, i);
 #pragma unroll 1
     for (int phase = 0; phase < cut.phases; ++phase) {
       const bool last = phase == cut.phases - 1;
-      const int slots = min(kDecodeWarps, cut.phase_begin(phase + 1) - cut.phase_begin(phase));
+      const int slots = min(kDecodeWarps, cut.piece_begin(phase + 1) - cut.piece_begin(phase));
       bool norm = a.gain && last;  // still to be made
       if (rows.rows > 0) {
         // One that has no row must not be ahead of the others, and arrive twice.
@@ -138,13 +150,8 @@ __device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ri
         parity ^= 1;
         if (norm) {
           norm = false;
-#pragma unroll 1
-          for (int t = 0; t < tokens; ++t) {
-            float square = 0;
-            for (int u = lane; u < cut.units; u += 32) square += at.squares[u * tokens + t];
-            for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
-            if (lane == 0) at.norm[t] = rsqrtf(square * a.inverse_k + a.eps);
-          }
+          const float square = linear_decode_squares<kTokens>(at.squares, 0, cut.units, tokens, lane);
+          if (lane < tokens) at.norm[lane] = rsqrtf(square * a.inverse_k + a.eps);
           __syncwarp();
         }
 #pragma unroll
@@ -166,8 +173,8 @@ __device__ void linear_decode_reduce(const Params& p, const LinearDecodeRing& ri
 #pragma unroll
             for (int s = 0; s < kDecodeWarps; ++s)
               if (s < slots) {
-                lows[s % 4] += partial[(s * tokens + token) * kQ4TileRows + r];
-                highs[s % 4] += partial[(s * tokens + token) * kQ4TileRows + r + 8];
+                lows[s % 4] += partial[s * tokens * kQ4TileRows + linear_decode_sum_at(token, r)];
+                highs[s % 4] += partial[s * tokens * kQ4TileRows + linear_decode_sum_at(token, r + 8)];
               }
             low = (lows[0] + lows[1]) + (lows[2] + lows[3]);
             high = (highs[0] + highs[1]) + (highs[2] + highs[3]);

@@ -19,7 +19,7 @@ struct LinearDecodeProduct {
   const uint8_t* codes;
   const uint16_t* scales;
   const float* x;           // (T, K), or null where x is
-  const Packet* x_packets;  // of product x_from, or of the attention before this one, by linear_decode_packet_place
+  const Packet* x_packets;  // by linear_decode_packet_place; of product x_from, or the attention before this
   const float* gain;        // (K) or null
   const float* residual;    // (T, N) or null; where a product of the chain made it, each value is read by
                             // the thread that stored it
@@ -45,6 +45,7 @@ struct LinearDecodeAttention {
   const int32_t *position, *sequence;  // (tokens)
   int kv_heads, queries, head_dim;     // queries: heads of a kv head
   int pairs, sharers;                  // tokens times kv heads; blocks for each, or 0: one for each head
+  int rounds;                          // pairs of a block, if it has more than one, not shared then
   LinearDecodeBox box;
   LinearDecodeMeeting meeting;
   Packet* parts;  // (pairs, sharers, kLinearDecodeAttendPackets)
@@ -60,14 +61,29 @@ struct LinearDecodeParams {
   LinearDecodeConfig config;
 };
 
+// Where in (T, 16) floats a warp's sum of a row is: eight rows of four tokens are in banks of their own.
+__device__ inline int linear_decode_sum_at(int token, int row) {
+  return token * kQ4TileRows + (row ^ (token & 2) * 4);
+}
+
+// A block's rank in its pair.
+template <bool kPair>
+__device__ inline int linear_decode_rank() {
+  return kPair ? int(blockIdx.x) % kDecodePair : 0;
+}
+
 // A block's tile rows of a product: every gridDim.x-th, so that the first columns of the next x are there
-// long before the last. Odd products deal them in reverse, so that the longer runs even out.
+// long before the last. Odd products deal them in reverse, so that the longer runs even out. For a pair two
+// tile rows are one.
+template <bool kPair>
 struct LinearDecodeRows {
-  int block, rows;
+  static constexpr int kTogether = kPair ? kDecodePair : 1;
+  int worker, rows;
   __device__ LinearDecodeRows(const LinearDecodePart& part, int product)
-      : block(int(product % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x)),
-        rows(part.rows + (block < part.more_rows)) {}
-  __device__ int tile_row(int row) const { return row * int(gridDim.x) + block; }
+      : worker(int(product % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x) / kTogether),
+        rows(part.rows + (worker < part.more_rows)) {}
+  // The first of them.
+  __device__ int tile_row(int row) const { return row * int(gridDim.x) + worker * kTogether; }
 };
 
 // The barriers of a block, and where a role is in the ring. A stage is full when its bytes have arrived and
@@ -91,12 +107,17 @@ class LinearDecodeRing {
     for (int m = 0; m < kDecodeMeetings; ++m) {
       mbarrier_init(sums_full(m), kDecodeWarps * 32);
       mbarrier_init(sums_empty(m), 32);
+      mbarrier_init(inbox_full(m), 1);
+      mbarrier_init(sent_read(m), 1);
     }
     mbarrier_init_done();
   }
   // Addresses in shared memory: of a meeting's barriers, of the stage that the role is at, of its barriers.
   __device__ uint32_t sums_full(int meeting) const { return barriers_ + 2 * kEmpty + meeting * 8; }
   __device__ uint32_t sums_empty(int meeting) const { return sums_full(meeting) + kDecodeMeetings * 8; }
+  // Of a pair: sums of the other block have come; the other has read those of this one.
+  __device__ uint32_t inbox_full(int meeting) const { return sums_full(meeting) + 2 * kDecodeMeetings * 8; }
+  __device__ uint32_t sent_read(int meeting) const { return sums_full(meeting) + 3 * kDecodeMeetings * 8; }
   __device__ uint32_t stage() const { return stage_; }
   __device__ uint32_t full() const { return full_; }
   __device__ uint32_t empty() const { return full_ + kEmpty; }
@@ -123,8 +144,8 @@ struct DecodePlace {
   int begin = 0, end = 0, stages = 0;  // of the ring
 
   DecodePlace() = default;
-  __device__ explicit DecodePlace(const LinearDecodeAttention& a)
-      : pair(int(blockIdx.x) / a.sharers), part(int(blockIdx.x) % a.sharers), parts(0) {
+  __device__ DecodePlace(const LinearDecodeAttention& a, int round)
+      : pair(int(blockIdx.x + round * gridDim.x) / a.sharers), part(int(blockIdx.x) % a.sharers), parts(0) {
     if (pair >= a.pairs) return;
     token = pair / a.kv_heads, kv_head = pair % a.kv_heads;
     const int old = __ldcg(a.position + token), most = linear_decode_parts(old, a.sharers);
@@ -177,9 +198,12 @@ class DecodeCacheCopy {
 
 // The warp that asks for the weights of all products, far ahead of their use but never for more than a few
 // stages at once: what other warps load would wait behind them.
-template <class Tile, bool kShared, class Params>
-__device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, int lane) {
+//
+// places: room for kDecodeRounds.
+template <class Tile, bool kShared, bool kPair, class Params>
+__device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, DecodePlace* places, int lane) {
   constexpr int kTileBytes = kQ4TileBytes * Tile::kBits / 4, kUnitBytes = kTileBytes * kUnitTiles;
+  constexpr int kUnits = kPair ? kDecodePairWarps : kDecodeWarps;  // of a tile row in a stage
   LinearDecodeRing arriving = ring;
   int asked = 0;
   // A stage to ask for, with at most so many on their way, this one included.
@@ -188,45 +212,55 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, in
     while (asked >= most) arriving.wait_full(), arriving.next(), --asked;
     ++asked;
   };
-  DecodePlace place;
+  bool placed = false;
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
     const LinearDecodeProduct& a = p.product[i];
     const LinearDecodePart& part = a.part;
-    const LinearDecodeRows rows(part, i);
+    const LinearDecodeRows<kPair> rows(part, i);
     const bool scaled = a.unit_groups > 0, shared_scales = a.group_shift > 0;
     const int scale_bytes = max(1, a.unit_groups) * (kQ4TileRows * 2);  // of a unit
     if constexpr (kShared) {
       if (a.attends) {
-        if (place.parts < 0) {
+        if (!placed) {
           pdl_wait();
-          place = DecodePlace(p.attention);
+          if (lane < p.attention.rounds) places[lane] = DecodePlace(p.attention, lane);
+          __syncwarp();
+          placed = true;
         }
-        const DecodeCacheCopy copy(p.product[i - 1], place, p.attention.box, lane);
 #pragma unroll 1
-        for (int s = 0; s < place.stages; ++s) {
-          admit(s < p.config.stages ? p.ahead_next : p.ahead);
-          copy.run(place.begin + s * p.attention.box.positions(), place.end, ring.stage(), ring.full());
-          ring.next();
+        for (int round = 0; round < p.attention.rounds; ++round) {
+          const DecodePlace place = places[round];
+          const DecodeCacheCopy copy(p.product[i - 1], place, p.attention.box, lane);
+#pragma unroll 1
+          for (int s = 0; s < place.stages; ++s) {
+            admit(s < p.config.stages ? p.ahead_next : p.ahead);
+            copy.run(place.begin + s * p.attention.box.positions(), place.end, ring.stage(), ring.full());
+            ring.next();
+          }
         }
       }
     }
 #pragma unroll 1
     for (int phase = 0; phase < part.phases; ++phase) {
-      const int first = part.phase_begin(phase), units = part.phase_begin(phase + 1) - first;
-      const int total = rows.rows * units;
-      int row = lane / units, col = lane % units;
+      const int piece = linear_decode_rank<kPair>() * part.phases + phase;
+      const int first = part.piece_begin(piece), units = part.piece_begin(piece + 1) - first;
+      const int total = rows.rows * units, nth = kPair ? lane % kUnits : lane;  // unit of a stage
+      if (total == 0) continue;
+      int row = nth / units, col = nth % units;
 #pragma unroll 1
-      for (int begin = 0; begin < total; begin += kDecodeWarps) {
-        admit(begin < p.config.stages * kDecodeWarps ? p.ahead_next : p.ahead);
+      for (int begin = 0; begin < total; begin += kUnits) {
+        admit(begin < p.config.stages * kUnits ? p.ahead_next : p.ahead);
         // Each lane has a unit; the first of a run of neighbours in a row asks for all of it.
-        const int count = min(kDecodeWarps, total - begin);
-        const bool one = lane < count, leads = one && (lane == 0 || col == 0);
-        const int unit = first + col, run = min(count - lane, units - col);
+        const int64_t tile_row = rows.tile_row(row) + (kPair ? lane / kUnits : 0);
+        const int count = min(kUnits, total - begin);
+        const bool one =
+            nth < count && (!kPair || (lane < kDecodePair * kUnits && tile_row * kQ4TileRows < a.n));
+        const bool leads = one && (nth == 0 || col == 0);
+        const int unit = first + col, run = min(count - nth, units - col);
         const int tiles = min(run * kUnitTiles, a.k_tiles - unit * kUnitTiles);
         const int group = shared_scales ? unit >> a.group_shift : unit * a.unit_groups;
         const int groups = shared_scales ? 1 : min(run * a.unit_groups, a.groups - group);
-        const int64_t tile_row = rows.tile_row(row);
         const DecodeCopy copies[2] = {
             {ring.stage() + lane * kUnitBytes,
              a.codes + (tile_row * a.k_tiles + unit * kUnitTiles) * kTileBytes,
@@ -236,7 +270,7 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, in
              scaled && (shared_scales ? one : leads) ? uint32_t(groups * kQ4TileRows * 2) : 0}};
         decode_copies(copies, ring.full(), lane);
         ring.next();
-        for (col += kDecodeWarps; col >= units; col -= units) ++row;
+        for (col += kUnits; col >= units; col -= units) ++row;
       }
     }
   }

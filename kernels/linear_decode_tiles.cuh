@@ -99,7 +99,7 @@ class DecodeSums {
       add_half(c, unit, whole);
   }
 
-  // to: address of (T, 16).
+  // to: address of (T, 16), see linear_decode_sum_at().
   __device__ void store(uint32_t to, int tokens, int lane) const {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -108,8 +108,8 @@ class DecodeSums {
       for (int i = 0; i < kOwn; ++i) {
         const int token = kBlockTokens * b + (Tile::kInteger ? t : 2 * t + i);
         if (token >= tokens) continue;
-        store_shared(to + (token * kQ4TileRows + g) * 4, sum_[b][i]);
-        store_shared(to + (token * kQ4TileRows + g) * 4 + 32, sum_[b][kOwn + i] * kBelowOnce);
+        store_shared(to + linear_decode_sum_at(token, g) * 4, sum_[b][i]);
+        store_shared(to + linear_decode_sum_at(token, g + 8) * 4, sum_[b][kOwn + i] * kBelowOnce);
       }
   }
 

@@ -11,6 +11,20 @@ namespace {
 // Of a block: all there is, for the ring. With 32 KB less of it a step takes 2.5 % longer.
 int shared_bytes() { return device_facts().shared_bytes; }
 
+// Tokens up to which blocks work alone where they could work in pairs, since what the two hand each other
+// takes longer than what they save.
+constexpr int kAlone = 4;
+// Whether pairs of blocks can have all multiprocessors at once, which a chain needs.
+bool pairs_fit() {
+  static const bool fit = [] {
+    if (!device_facts().hopper || device_facts().multiprocessors % kDecodePair != 0) return false;
+    const auto kernel = linear_decode_pair_kernel<Int4Tile, kLinearDecodeChainTokens, kLinearDecodeChain>;
+    return clusters_fit("linear_decode", kernel, (kDecodeWarps + kDecodeReducers + 1) * 32,
+                        size_t(shared_bytes()), kDecodePair) >= device_facts().multiprocessors / kDecodePair;
+  }();
+  return fit;
+}
+
 LinearDecodeProduct product_of(const LinearDecodeArgs& a) {
   const Q4Layout& l = a.w.layout;
   LinearDecodeProduct p{};
@@ -75,20 +89,23 @@ void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& pr
 }  // namespace
 
 int64_t linear_decode_most_tokens(int bits) {
-  return bits > 4 ? 32 : device_facts().hopper ? 4 : kLinearDecodeTokens;
+  return bits > 4 ? 32 : device_facts().hopper ? linear_decode_chain_tokens(bits) : kLinearDecodeTokens;
+}
+
+int64_t linear_decode_chain_tokens(int bits) {
+  return bits == 4 && pairs_fit() ? kLinearDecodeChainTokens : kAlone;
 }
 
 bool linear_decode_follows(const LinearDecodeArgs& next, const LinearDecodeArgs& last) {
   const Q4Layout &l = next.w.layout, &from = last.w.layout;
-  if (next.tokens != last.tokens || next.tokens > kLinearDecodeChainTokens || l.bits != from.bits ||
+  if (next.tokens != last.tokens || next.tokens > linear_decode_chain_tokens(l.bits) || l.bits != from.bits ||
       l.k % 4 != 0 || from.n > (last.epilogue == Epilogue::kSwiglu ? 2 : 1) * kLinearDecodeChainColumns ||
       size_t(device_facts().multiprocessors) * sizeof(uint32_t) > kCounterBytes)
     return false;
   if (!next.attends) return last.epilogue != Epilogue::kRopeKv;
   return last.epilogue == Epilogue::kRopeKv && last.kv.type == KvType::kF16 && from.head_dim % 16 == 0 &&
          from.head_dim <= 128 && last.heads <= kDecodeQueries * last.kv_heads &&
-         last.kv_heads * last.tokens <=
-             std::min<int64_t>(device_facts().multiprocessors, kLinearDecodeAttend);
+         last.kv_heads * last.tokens <= kDecodeRounds * device_facts().multiprocessors;
 }
 
 bool linear_decode_supported(const Q4Layout& l) {
@@ -121,8 +138,9 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
     shape.queries = int(chain[i - 1].heads / chain[i - 1].kv_heads);
   }
   connect(chain, products, exchange);
+  const bool pair = tokens > kAlone && tokens <= linear_decode_chain_tokens(bits);
   const LinearDecodeCut cut =
-      linear_decode_cut(shapes.data(), count, tokens, device_facts().multiprocessors, shared_bytes());
+      linear_decode_cut(shapes.data(), count, tokens, device_facts().multiprocessors, shared_bytes(), pair);
   for (size_t i = 0; i < count; ++i) products[i].part = cut.part[i];
   LinearDecodeLaunch l;
   l.config = cut.config;
@@ -130,7 +148,7 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
   l.ahead_next = std::clamp(kAheadNext / l.config.stage_scales, 1, l.config.stages);
   l.done = count > 1 ? reinterpret_cast<uint32_t*>(exchange) : nullptr;
   l.attention = {};
-  bool alone = true;
+  bool alone = !pair;
   for (size_t i = 1; i < count; ++i) {
     if (!chain[i].attends) continue;
     const LinearDecodeArgs& qkv = chain[i - 1];
@@ -142,11 +160,12 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
     a.kv_heads = int(qkv.kv_heads), a.queries = shapes[i].queries, a.head_dim = shapes[i].head_dim;
     a.box = LinearDecodeBox(a.head_dim), a.meeting = LinearDecodeMeeting(a.queries, a.head_dim);
     a.pairs = a.kv_heads * tokens;
-    a.sharers = std::min({kDecodeSharers, l.config.blocks / a.pairs, int(kLinearDecodeAttend) / a.pairs});
+    a.sharers = std::clamp(std::min(l.config.blocks, int(kLinearDecodeAttend)) / a.pairs, 1, kDecodeSharers);
+    a.rounds = int(ceil_div(a.pairs, l.config.blocks));
     a.parts = attention_packets(exchange) + kPlace;
     alone = alone && chain[i].longest <= kLinearDecodeShort && a.pairs * a.queries <= l.config.blocks;
   }
-  if (alone) l.attention.sharers = 0;
+  if (alone) l.attention.sharers = 0, l.attention.rounds = 1;
   if (count > 1 && l.config.tokens < tokens)
     throw std::logic_error("a chain of products: its rows do not fit");
   for (int t = 0; t < tokens; t += l.config.tokens) {

@@ -77,4 +77,22 @@ void launch(const char* what, void (*kernel)(Params...), dim3 grid, int threads,
   cuda_check(cudaLaunchKernelEx(&config, kernel, values...), what);
 }
 
+// How many clusters of so many blocks the device takes at once.
+template <typename... Params>
+int clusters_fit(const char* what, void (*kernel)(Params...), int threads, size_t shared, int cluster) {
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(cluster));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  cuda_check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), what);
+  return clusters;
+}
+
 }  // namespace q4s

@@ -85,7 +85,7 @@ class Layers {
     std::vector<LinearDecodeArgs> chain;
     for (size_t i = first; i < last; ++i) chain.push_back(product(layer, i, tokens));
     std::byte* exchange = reinterpret_cast<std::byte*>(exchange_.data());
-    if (tokens <= kLinearDecodeChainTokens)
+    if (tokens <= linear_decode_chain_tokens(4))
       linear_decode_cuda(chain.data(), chain.size(), exchange, stream, true);
     else
       for (const LinearDecodeArgs& a : chain) linear_decode_cuda(&a, 1, exchange, stream, true);
@@ -136,12 +136,6 @@ class Layers {
   DeviceBuffer<uint16_t> keys_, values_;
 };
 
-int multiprocessors() {
-  int count = 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0);
-  return count;
-}
-
 double bytes_of(const Linear& l) { return double(l.layout.code_bytes() + l.layout.scale_bytes()); }
 
 void report(const char* what, double us, double bytes, double speed) {
@@ -164,7 +158,7 @@ void bench(const Shape& s, int64_t group, Grid grid, bool each, double speed, Ti
         },
         kRepeats);
     report(("a layer, " + std::to_string(tokens) + " tokens").c_str(), us / kLayers, bytes, speed);
-    if (tokens > kLinearDecodeChainTokens || s.heads * tokens > multiprocessors()) continue;
+    if (tokens > linear_decode_chain_tokens(4)) continue;
     const double all =
         timer.microseconds([&](cudaStream_t stream) { layers.launch_all(tokens, stream); }, kRepeats);
     report("  and attention, all in one", all / kLayers, bytes, speed);

@@ -257,11 +257,17 @@ TEST_CASE("linear_decode on the device: attention in a chain") {
 
 TEST_CASE("linear_decode on the device: attention of several tokens in a chain") {
   if (no_device()) return;
-  for (int64_t tokens = 2; tokens <= kLinearDecodeChainTokens; ++tokens)
+  for (int64_t tokens = 2; tokens <= linear_decode_chain_tokens(4); ++tokens)
     for (int32_t position : {0, 3, 200, 511}) {
       check({576, 1536, 64, 9, 3}, 1, position, 1e-8, tokens);
       check({1024, 2816, 128, 8, 2}, 3, position, 1e-6, tokens);
     }
+}
+
+TEST_CASE("linear_decode on the device: more tokens and kv heads in a chain than multiprocessors") {
+  if (no_device()) return;
+  for (int64_t tokens : {int64_t(4), linear_decode_chain_tokens(4)})
+    for (int32_t position : {0, 77, 511}) check({256, 256, 16, 48, 48}, 2, position, 1e-6, tokens);
 }
 
 // Shared out among blocks or not, in all ways that heads share keys.
@@ -270,7 +276,7 @@ TEST_CASE("linear_decode on the device: attention in a chain over long caches") 
   for (const Sizes& s : {Sizes{256, 256, 64, 4, 4}, Sizes{256, 256, 128, 8, 2}, Sizes{256, 256, 80, 8, 1},
                          Sizes{256, 256, 96, 6, 6}, Sizes{256, 256, 128, 16, 2}, Sizes{64, 172, 16, 4, 2}})
     for (int32_t position : {255, 511, 513, 1000, 5000})
-      for (int64_t tokens : {int64_t(1), int64_t(2), kLinearDecodeChainTokens})
+      for (int64_t tokens : {int64_t(1), int64_t(2), int64_t(4), linear_decode_chain_tokens(4)})
         check(s, 1, position, 1e-8, tokens, 2);
 }
 
@@ -305,8 +311,8 @@ TEST_CASE("linear_decode on the device: what may not follow in a chain") {
   CHECK(!linear_decode_follows(o, qkv));
   qkv.w.layout.head_dim = 16, qkv.heads = 18;
   CHECK(!linear_decode_follows(o, qkv));
-  qkv.heads = qkv.kv_heads = 100;
+  qkv.heads = qkv.kv_heads = 200;
   CHECK(linear_decode_follows(o, qkv));
-  o.tokens = qkv.tokens = 2;
+  o.tokens = qkv.tokens = 4;
   CHECK(!linear_decode_follows(o, qkv));
 }

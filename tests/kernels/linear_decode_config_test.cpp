@@ -12,15 +12,17 @@ namespace {
 
 constexpr int kShared = 195 * 1024;
 
-void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multiprocessors) {
+void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multiprocessors, bool pair = false) {
   CAPTURE(shapes[0].layout.n);
   CAPTURE(shapes[0].layout.k);
   CAPTURE(shapes[0].layout.group);
   CAPTURE(shapes[0].layout.bits);
   CAPTURE(shapes.size());
   CAPTURE(tokens);
+  CAPTURE(pair);
   const LinearDecodeCut cut =
-      linear_decode_cut(shapes.data(), shapes.size(), tokens, multiprocessors, kShared);
+      linear_decode_cut(shapes.data(), shapes.size(), tokens, multiprocessors, kShared, pair);
+  const int together = pair ? 2 : 1;
   const LinearDecodeConfig& c = cut.config;
   REQUIRE(cut.part.size() == shapes.size());
   REQUIRE(c.tokens >= 1);
@@ -28,22 +30,26 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
   if (multiprocessors == 1 && c.shared > kShared) return;  // sums of all rows of a tall weight in one block
   REQUIRE(c.shared <= kShared);
   REQUIRE(c.blocks == multiprocessors);
+  REQUIRE(c.pair == pair);
   REQUIRE(c.stages >= 2);
   REQUIRE(c.stages <= kDecodeStages);
   int most_units = 0;
   for (size_t i = 0; i < shapes.size(); ++i) {
     const Q4Layout& l = shapes[i].layout;
     const LinearDecodePart& part = cut.part[i];
-    REQUIRE(int64_t(c.blocks) * part.rows + part.more_rows == l.n_tiles());
-    REQUIRE(part.more_rows < c.blocks);
+    const int workers = c.blocks / together;
+    REQUIRE(int64_t(workers) * part.rows + part.more_rows == (l.n_tiles() + together - 1) / together);
+    REQUIRE(part.more_rows < workers);
     REQUIRE(part.units == (l.k_tiles() + 1) / 2);
-    REQUIRE(part.phase_begin(0) == 0);
-    REQUIRE(part.phase_begin(part.phases) == part.units);
-    for (int p = 0; p < part.phases; ++p) {
-      REQUIRE(part.phase_begin(p + 1) > part.phase_begin(p));
-      REQUIRE(part.phase_begin(p + 1) - part.phase_begin(p) <= part.phase_units);
+    REQUIRE(part.pieces == part.phases * together);
+    REQUIRE(part.piece_begin(0) == 0);
+    REQUIRE(part.piece_begin(part.pieces) == part.units);
+    for (int p = 0; p < part.pieces; ++p) {
+      const int size = part.piece_begin(p + 1) - part.piece_begin(p);
+      REQUIRE(size >= std::min(1, part.units / part.pieces));
+      REQUIRE(size <= part.piece_units);
     }
-    most_units = std::max(most_units, part.phase_units);
+    most_units = std::max(most_units, part.piece_units);
     if (shapes[i].head_dim) {
       const LinearDecodeMeeting meeting(shapes[i].queries, shapes[i].head_dim);
       const int warps = c.attend_warps * meeting.operands;
@@ -55,9 +61,10 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
     }
     // Places hold what they are for.
     REQUIRE(c.squares - c.meta >=
-            part.phase_units * c.tokens * linear_decode_meta(linear_decode_unit_groups(l)) * 4);
+            part.piece_units * c.tokens * linear_decode_meta(linear_decode_unit_groups(l)) * 4);
     if (shapes[i].norm) REQUIRE(c.partial - c.squares >= part.units * c.tokens * 4);
-    if (part.phases > 1) REQUIRE(c.norm - c.sums >= (part.rows + (part.more_rows > 0)) * c.tokens * 64);
+    if (part.phases > 1)
+      REQUIRE(c.norm - c.sums >= together * (part.rows + (part.more_rows > 0)) * c.tokens * 64);
     REQUIRE(c.stage_scales == kDecodeWarps * 2 * 512 * l.bits / 4);
     REQUIRE(c.stage_bytes - c.stage_scales >= kDecodeWarps * linear_decode_unit_groups(l) * 32);
   }
@@ -65,12 +72,13 @@ void check(const std::vector<LinearDecodeShape>& shapes, int tokens, int multipr
   REQUIRE(c.x == c.stages * c.stage_bytes);
   REQUIRE(c.meta >= c.x + c.tokens * c.stride);
   REQUIRE(c.sums - c.partial >= kDecodeMeetings * kDecodeWarps * c.tokens * 64);
-  REQUIRE(c.place - c.norm >= kDecodeReducers * c.tokens * 4);
-  REQUIRE(c.barriers - c.place >= 36);
+  REQUIRE(c.inbox - c.norm >= kDecodeReducers * c.tokens * 4);
+  REQUIRE(c.place - c.inbox >= (pair ? kDecodeMeetings * 17 * c.tokens * 4 : 0));
+  REQUIRE(c.barriers - c.place >= 2 * kDecodeRounds * 36);
   REQUIRE(c.place % 4 == 0);
-  for (int at : {c.x, c.meta, c.stage_bytes, c.stage_scales}) REQUIRE(at % 16 == 0);
+  for (int at : {c.x, c.meta, c.partial, c.inbox, c.stage_bytes, c.stage_scales}) REQUIRE(at % 16 == 0);
   REQUIRE(c.barriers % 8 == 0);
-  REQUIRE(c.shared - c.barriers >= 2 * (kDecodeStages + kDecodeMeetings) * 8);
+  REQUIRE(c.shared - c.barriers >= (2 * kDecodeStages + 4 * kDecodeMeetings) * 8);
 }
 
 }  // namespace
@@ -83,17 +91,20 @@ TEST_CASE("linear_decode_config: odd and real shapes") {
           for (int tokens : {1, 3, 8, 16})
             for (bool norm : {false, k <= 8192})  // as wide as a residual stream
               for (int multiprocessors : {1, 132})
-                check({{{.n = n, .k = k, .group = group, .bits = bits}, norm}}, tokens, multiprocessors);
+                for (bool pair : {false, multiprocessors > 1 && bits == 4 && tokens <= 8})
+                  check({{{.n = n, .k = k, .group = group, .bits = bits}, norm}}, tokens, multiprocessors,
+                        pair);
 }
 
 TEST_CASE("linear_decode_config: chains of a layer's products") {
   for (auto [hidden, ffn] : {std::pair<int64_t, int64_t>{64, 172}, {576, 1536}, {4096, 11008}, {8192, 28672}})
     for (int tokens : {1, 2, 8, 16})
-      check({{{.n = hidden, .k = hidden, .group = 128}, false, 128, 8},
-             {{.n = 2 * ffn, .k = hidden, .group = 32}, true},
-             {{.n = hidden, .k = ffn, .group = 64}, false},
-             {{.n = 3 * hidden, .k = hidden, .group = 128}, true}},
-            tokens, 132);
+      for (bool pair : {false, tokens == 8})
+        check({{{.n = hidden, .k = hidden, .group = 128}, false, 128, 8},
+               {{.n = 2 * ffn, .k = hidden, .group = 32}, true},
+               {{.n = hidden, .k = ffn, .group = 64}, false},
+               {{.n = 3 * hidden, .k = hidden, .group = 128}, true}},
+              tokens, 132, pair);
 }
 
 TEST_CASE("linear_decode_config: eight tokens read the weights of every model once") {

@@ -307,7 +307,7 @@ TEST_CASE("linear_decode on the device: chains") {
        {Sizes{576, 1536, 64, 9, 3, {64, 64, 64, 64}, 4}, Sizes{2048, 5632, 64, 32, 4, {128, 32, 64, 128}, 4},
         Sizes{288, 172, 48, 6, 6, {32, 32, 172, 288}, 8}, Sizes{64, 8192, 16, 4, 4, {}, 16},
         Sizes{1024, 28672, 128, 8, 2, {128, 1024, 256, 128}, 4}})
-    for (int64_t tokens = 1; tokens <= kLinearDecodeChainTokens; ++tokens) {
+    for (int64_t tokens = 1; tokens <= linear_decode_chain_tokens(s.bits); ++tokens) {
       CAPTURE(s.hidden);
       CAPTURE(tokens);
       const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim, ctx = 16;
