@@ -36,26 +36,21 @@ double stream_us(const Q4GemmConfig& c, int multiprocessors) {
 }
 
 double split_us(const Q4GemmConfig& c, int multiprocessors) {
-  const Q4GemmTile t{c.rows, c.columns, 1};
-  const Bytes bytes(t);
-  const double rows = t.rows / 128.0, columns = t.columns / 64.0;
-  const int per_multiprocessor = t.rows * t.columns <= 8192 ? 2 : 1;
-  // Clusters stay within a group of about 16 multiprocessors.
-  const int64_t clusters = int64_t(c.row_blocks) * c.column_blocks;
-  const int64_t at_once =
-      c.splits == 1 ? int64_t(multiprocessors) * per_multiprocessor
-                    : std::max<int64_t>(1, 16 * per_multiprocessor / c.splits * (multiprocessors / 16));
+  const Bytes bytes({c.rows, c.columns, 1});
+  // Conversion and tensor core add up: what a warpgroup takes for a unit, also one without rows.
+  const double compute = 0.03 + (c.rows <= 128 ? 2 : 3) * (0.07 + 0.0021 * c.columns);
+  const int64_t clusters = int64_t(c.row_blocks) * c.column_blocks,
+                at_once = q4_gemm_clusters_at_once(multiprocessors, c.splits);
   const auto wave = [&](int64_t count) {
-    const double blocks = double(count) * c.splits / multiprocessors;
+    const double busy = double(count) * c.splits / multiprocessors;
     const double unit =
-        std::max({rows * (0.410 + 0.177 * columns), std::ceil(blocks) * rows * (0.252 + 0.161 * columns),
-                  bytes.weights * blocks / c.column_blocks / 25200,
-                  (bytes.weights + bytes.activations) * blocks / 50900});
+        std::max({compute, bytes.weights * busy / std::min<int64_t>(count, c.column_blocks) / 25200,
+                  (bytes.weights + bytes.activations) * busy / 50900});
     return double(ceil_div(c.k_blocks, c.splits)) * unit;
   };
   const int64_t waves = clusters / at_once, rest = clusters % at_once;
-  return 5.0 + (c.splits > 1 ? 0.37 : 0) + 0.85 * rows * columns + double(waves) * (wave(at_once) + 4.8) +
-         (rest ? wave(rest) : 0);
+  return 5.2 + 0.5 * (c.splits - 1) + 0.5 * (c.rows / 128.0) * (c.columns / 64.0) +
+         double(waves + (rest > 0) - 1) * 4.0 + double(waves) * wave(at_once) + (rest ? wave(rest) : 0);
 }
 
 double few_us(const Q4GemmConfig& c) {
@@ -108,14 +103,26 @@ Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape& s, Q4GemmTile t, bool stre
   return c;
 }
 
+int q4_gemm_clusters_at_once(int multiprocessors, int blocks) {
+  // A cluster stays within a group of multiprocessors, and these differ in size. Asked of an H100.
+  constexpr int kOfH100[kQ4GemmMostSplits] = {132, 66, 39, 30, 22, 17, 15, 15};
+  if (multiprocessors == kOfH100[0]) return kOfH100[blocks - 1];
+  return std::max(1, blocks <= 2 ? multiprocessors / blocks : multiprocessors * 7 / 8 / blocks);
+}
+
 Q4GemmConfig q4_gemm_config_split(const Q4GemmShape& s, Q4GemmTile t, int splits) {
   Q4GemmConfig c;
   c.kernel = Q4GemmKernel::kSplit;
-  c.rows = t.rows, c.columns = t.columns;
+  c.columns = t.columns;
   c.k_blocks = int(ceil_div(s.w.k, kQ4GemmUnit));
-  c.row_blocks = int(ceil_div(s.w.n_tiles() * kQ4TileRows, t.rows));
   c.column_blocks = int(ceil_div(s.tokens, t.columns));
   c.splits = std::min({splits, c.k_blocks, kQ4GemmMostSplits});
+  const int64_t at_once =
+      std::max(1, q4_gemm_clusters_at_once(s.multiprocessors, c.splits) / c.column_blocks);
+  const int64_t waves = ceil_div(s.w.n_tiles(), at_once * (t.rows / kQ4TileRows));
+  const int64_t row_tiles = ceil_div(s.w.n_tiles(), at_once * waves);
+  c.rows = int(row_tiles) * kQ4TileRows;
+  c.row_blocks = int(ceil_div(s.w.n_tiles(), row_tiles));
   c.workspace_bytes = kFlagBytes;
   return c;
 }
@@ -167,9 +174,11 @@ Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
     consider(c, few_us(c));
   }
   for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
-    // For few tokens, in at most two columns of tiles: more of them read the activations too often.
-    if (s.tokens > 256 || (t.columns < 128 && 2 * t.columns < s.tokens)) continue;
-    for (int splits = 1; splits <= kQ4GemmMostSplits; ++splits) {
+    // For few tokens, and so that up to 128 of them convert a weight once.
+    if (s.tokens <= kQ4GemmFewTokens || s.tokens > 256 || (t.columns < 128 && t.columns < s.tokens)) continue;
+    // Clusters of three and of eight blocks may be the best alone, but a layer with them took 10 to 20 us
+    // more than its products: they wait for places beside each other that the product before leaves last.
+    for (int splits : {1, 2, 4, 5}) {
       const Q4GemmConfig c = q4_gemm_config_split(s, t, splits);
       consider(c, split_us(c, s.multiprocessors));
     }

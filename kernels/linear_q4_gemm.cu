@@ -77,6 +77,7 @@ Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tile
   operands.tile_groups = tiles > 1 ? uint32_t((int64_t(1) << 32) / tiles + 1) : 0;
   operands.fine = tiles > 1 ? 0 : tiles == 1 ? 1 : 2;
   operands.box_groups = std::max(1, operands.fine * stage_tiles);
+  operands.row_tiles = rows / kQ4TileRows;
   Q4Maps m;
   m.x = tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, a.x, pitch, a.tokens, pitch * 2, kQ4TileCols, x_columns,
                     CU_TENSOR_MAP_SWIZZLE_128B});

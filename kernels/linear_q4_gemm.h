@@ -24,7 +24,7 @@ struct Q4GemmShape {
 
 enum class Q4GemmKernel : uint8_t {
   kStream,    // sm_90a, persistent: parts of (tile, K) dealt over the clusters
-  kSplit,     // sm_90a: a tile is computed by a cluster, each block a part of K
+  kSplit,     // sm_90a: a tile of even shares of the rows is computed by a cluster, each block a part of K
   kFew,       // sm_90a, persistent: tiles of rows dealt over clusters, each of whose blocks has a part of K
   kPortable,  // mma.sync
 };
@@ -53,15 +53,19 @@ struct Q4GemmTile {
   int rows, columns, cluster;
 };
 constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {128, 256, 2}};
-constexpr Q4GemmTile kQ4GemmSplitTiles[] = {
-    {128, 32, 1}, {256, 32, 1}, {128, 64, 1}, {128, 128, 1}, {256, 128, 1}};
+// Of kSplit, with the most rows.
+constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {192, 32, 1},  {128, 64, 1},
+                                            {192, 64, 1}, {128, 128, 1}, {192, 128, 1}};
 constexpr int kQ4GemmMostSplits = 8;  // blocks of a cluster
 constexpr int kQ4GemmFewTokens = 16;  // of a tile of kFew
 
 // kStream with one tile; `stream` deals the tiles beyond full waves in parts.
 Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape&, Q4GemmTile, bool stream);
-// kSplit with one tile and at most `splits` parts of K.
+// kSplit with one tile and at most `splits` parts of K: rows in as few waves as the tile allows, the same
+// count in all blocks but the last.
 Q4GemmConfig q4_gemm_config_split(const Q4GemmShape&, Q4GemmTile, int splits);
+// Clusters of so many blocks, one a multiprocessor, that run at once.
+int q4_gemm_clusters_at_once(int multiprocessors, int blocks);
 // kFew.
 Q4GemmConfig q4_gemm_config_few(const Q4GemmShape&);
 // The mma.sync kernel.

@@ -1,6 +1,7 @@
 // The main loop of the Hopper kernels of linear_q4_gemm.h. A producer warp fills a ring of stages by TMA (64
-// columns of activations, packed weights, scales); two warpgroups turn weights into register A fragments and
-// issue wgmma against the activations. A warpgroup converts block i+1 while the tensor core works on block i.
+// columns of activations, packed weights, scales); two or three warpgroups turn weights into register A
+// fragments and issue wgmma against the activations. A warpgroup converts block i+1 while the tensor core
+// works on block i.
 #pragma once
 #include <cuda.h>
 
@@ -12,27 +13,30 @@
 
 namespace q4s {
 
-constexpr int kQ4Consumers = 2;                          // warpgroups
+constexpr int kQ4Consumers = 2;                          // warpgroups, where nothing else is said
 constexpr int kQ4UnitTiles = kQ4GemmUnit / kQ4TileCols;  // tiles of K of a unit
-constexpr size_t kQ4SharedBytes = 227 * 1024;            // of one block; two blocks: a KB each is reserved
-constexpr size_t kQ4SharedBytesOfTwo = 113 * 1024;
+constexpr size_t kQ4SharedBytes = 227 * 1024;            // of one block
 
-// What both kernels need to load and convert.
+// What the kernels need to load and convert.
 struct Q4Operands {
   uint32_t tile_groups;  // groups of a tile of K, in 2^-32, rounded up; 0: it has `fine` of its own
   int fine;              // 2: groups of 32; 1: of 64; 0: of a unit or more
   int box_groups;        // scale rows of a stage
+  int row_tiles;         // of 16 rows a block
   bool half_grid;
 };
 
 // A stage is kStageTiles tiles of K: two where it is small, so that waiting and bookkeeping cost half as
-// much. kPerSm blocks share a multiprocessor; kReserved bytes of shared memory are for the epilogue.
-template <int kRows_, int kColumns_, int kCluster_, int kStageTiles_, int kPerSm_, int kReserved_>
+// much. kReserved bytes of shared memory are for the epilogue. A block may have fewer rows than kRows:
+// Q4Operands::row_tiles.
+template <int kRows_, int kColumns_, int kCluster_, int kStageTiles_, int kReserved_,
+          int kConsumers_ = kQ4Consumers, bool kMoveRegisters_ = true>
 struct Q4Tile {
-  static constexpr int kRows = kRows_, kColumns = kColumns_, kCluster = kCluster_, kPerSm = kPerSm_;
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kCluster = kCluster_;
   static constexpr int kStageTiles = kStageTiles_, kUnitStages = kQ4UnitTiles / kStageTiles;
-  static constexpr int kBlocks = kRows / (64 * kQ4Consumers);  // of 64 rows a warpgroup
-  static constexpr int kRegs = kColumns / 2;                   // accumulators of one block a thread
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kBlocks = kRows / (64 * kConsumers);  // of 64 rows a warpgroup
+  static constexpr int kRegs = kColumns / 2;                 // accumulators of one block a thread
   static constexpr int kXTileBytes = kColumns * 128, kXBytes = kXTileBytes * kStageTiles;
   static constexpr int kWRowBytes = kQ4TileBytes * kStageTiles, kWBytes = kRows / 16 * kWRowBytes;
   static constexpr int kSBytes = kRows / 16 * 2 * 32 * kStageTiles;  // at most a scale every 32 columns
@@ -40,11 +44,10 @@ struct Q4Tile {
   static constexpr int kReserved = kReserved_;
   // And the producer, one thread: of a warpgroup where registers are to be moved to the consumers, else of a
   // warp.
-  static constexpr bool kMoveRegisters = kPerSm == 1;
-  static constexpr int kThreads = kQ4Consumers * 128 + (kMoveRegisters ? 128 : 32);
+  static constexpr bool kMoveRegisters = kMoveRegisters_;
+  static constexpr int kThreads = kConsumers * 128 + (kMoveRegisters ? 128 : 32);
   static constexpr int kBarrierBytes = 256;
-  static constexpr int kLimit =
-      int(kPerSm == 1 ? kQ4SharedBytes : kQ4SharedBytesOfTwo) - kReserved - kBarrierBytes;
+  static constexpr int kLimit = int(kQ4SharedBytes) - kReserved - kBarrierBytes;
   static constexpr int kStages = kLimit / kStageBytes < 12 ? kLimit / kStageBytes : 12;
   static constexpr int kBarriers = kStages * kStageBytes;  // offsets
   static constexpr int kRest = kBarriers + kBarrierBytes;
@@ -80,7 +83,7 @@ struct Q4Shared {
   __device__ void init() const {
     for (int i = 0; i < T::kStages; ++i) {
       hopper::barrier_init(full + i * 8, 1);
-      hopper::barrier_init(empty + i * 8, kQ4Consumers * 4 * T::kCluster);
+      hopper::barrier_init(empty + i * 8, T::kConsumers * 4 * T::kCluster);
     }
     hopper::barrier_init_fence();
   }
@@ -96,7 +99,7 @@ struct Q4Loader {
 
   __device__ void weights(int stage, int n_tile, int k_tile) const {
     const uint32_t full = sh.full + stage * 8;
-    hopper::barrier_arrive_expect(full, T::kXBytes + T::kWBytes + T::kRows / 16 * p.box_groups * 32);
+    hopper::barrier_arrive_expect(full, T::kXBytes + p.row_tiles * (T::kWRowBytes + p.box_groups * 32));
     hopper::tma_load(sh.w + stage * T::kWBytes, &map_w, k_tile * (kQ4TileBytes / 4), n_tile, full);
     const int group = p.tile_groups ? int(__umulhi(uint32_t(k_tile), p.tile_groups)) : k_tile * p.fine;
     hopper::tma_load(sh.s + stage * T::kSBytes, &map_s, group * 16, n_tile, full);
@@ -163,6 +166,56 @@ struct Q4Consumer {
   }
   // Sums over `units` units of K, still in flight at return.
   __device__ void multiply(int units, float (&acc)[T::kBlocks][T::kRegs]) {
+    if constexpr (T::kStageTiles == kQ4UnitTiles) {
+      if (p.fine > 0)
+        multiply_stages<true>(units, acc);
+      else
+        multiply_stages<false>(units, acc);
+    } else {
+      multiply_tiles(units, acc);
+    }
+  }
+  // Where a unit is a stage, its words are read together; where it is in one group, the loop knows that.
+  template <bool kFine>
+  __device__ void multiply_stages(int units, float (&acc)[1][T::kRegs]) {
+    static_assert(T::kBlocks == 1);
+    uint32_t a[kQ4UnitTiles][4][4];
+    const uint32_t x0 = hopper::wgmma_address(sh.x);
+    const int row_tile = group * 4 + warp;
+    Q4Fragment& f = fragment[0];
+    for (int unit = 0; unit < units; ++unit) {
+      hopper::barrier_wait(sh.full + at.stage * 8, at.parity);
+      const uint4* const from = reinterpret_cast<const uint4*>(sh.w_data + at.stage * T::kWBytes +
+                                                               row_tile * T::kWRowBytes + lane * 16);
+      const uint4 words[kQ4UnitTiles] = {from[0], from[kQ4TileBytes / 16]};
+      const __half* const scales = reinterpret_cast<const __half*>(sh.s_data + at.stage * T::kSBytes) +
+                                   row_tile * p.box_groups * 16 + lane / 4;
+      f.set(scales, p.half_grid);
+#pragma unroll
+      for (int tile = 0; tile < kQ4UnitTiles; ++tile) {
+        const uint32_t word[4] = {words[tile].x, words[tile].y, words[tile].z, words[tile].w};
+        const uint32_t x = x0 + (at.stage * T::kXBytes + tile * T::kXTileBytes) / 16;
+        if (kFine && tile > 0) f.set(scales + tile * p.fine * 16, p.half_grid);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          if (kFine && step == 2 && p.fine > 1) f.set(scales + (tile * 2 + 1) * 16, p.half_grid);
+          f.unpack(word[step], a[tile][step]);
+        }
+        hopper::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+          hopper::WgmmaRs<T::kColumns, 0>::mma(acc[0], a[tile][step], hopper::wgmma_k_major_at(x + 2 * step),
+                                               tile > 0 || unit > 0 || step > 0);
+        hopper::wgmma_commit();
+        hopper::wgmma_wait<1>();  // as in multiply_tiles()
+        if (tile == 0 && unit > 0) release();
+      }
+      last = at.stage;
+      at.next();
+    }
+  }
+  // Stages of one tile of K, or blocks of more rows.
+  __device__ void multiply_tiles(int units, float (&acc)[T::kBlocks][T::kRegs]) {
     uint32_t a[2][4][4];  // fragments of 64 rows x 64 columns, double buffered
     const uint32_t x0 = hopper::wgmma_address(sh.x);
     for (int unit = 0; unit < units; ++unit) {

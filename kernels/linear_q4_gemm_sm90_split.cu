@@ -1,21 +1,21 @@
-// The Hopper kernel of linear_q4_gemm.h for few tokens, where reading the weights takes the time. The blocks
-// of a cluster compute one tile, each a part of K; each then sums a share of the tokens over all of them,
-// straight from their shared memory and in the order of K. Small tiles leave room for two blocks a
-// multiprocessor: those of the next product fetch weights while these finish.
+// The Hopper kernel of linear_q4_gemm.h for few tokens, where each weight is converted for few columns. The
+// blocks of a cluster compute one tile, each a part of K; each then sums a share of the tokens over all of
+// them, straight from their shared memory and in the order of K. One block a multiprocessor, of as many rows
+// as give every block the same work.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_sm90_loop.cuh"
 
 namespace q4s {
 namespace {
 
-template <int kRows, int kColumns, int kPerSm>
-using Tile = Q4Tile < kRows,
-      kColumns, 1, kRows* kColumns<256 * 128 ? 2 : 1, kPerSm, 0>;
+// Up to kRows rows, 64 a warpgroup.
+template <int kRows, int kColumns>
+using Tile = Q4Tile<kRows, kColumns, 1, kQ4UnitTiles, 0, kRows / 64, false>;
 
 struct Params {
   Q4GemmSink sink;
   Q4Operands operands;
-  int units, column_blocks, splits;
+  int units, column_blocks, splits, rows;
 };
 
 #if Q4S_SM90A
@@ -68,10 +68,10 @@ __device__ float4 sum_parts(uint32_t address, int splits) {
 template <class T>
 struct SharePlaces {
   const Q4GemmSink& s;
-  int row0, token0, first, count, step;
-  static constexpr int kThreads = kQ4Consumers * 128;
+  int rows, row0, token0, first, count, step;
+  static constexpr int kThreads = T::kConsumers * 128;
 
-  __device__ int lanes() const { return s.output == Q4GemmOutput::kStore ? T::kRows / 4 : T::kRows / 8; }
+  __device__ int lanes() const { return s.output == Q4GemmOutput::kStore ? rows / 4 : rows / 8; }
   __device__ int item(int i) const {
     return (step * (s.output == Q4GemmOutput::kStore ? 4 : 2) + i) * kThreads + int(threadIdx.x);
   }
@@ -96,7 +96,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
   me.multiply(units, acc);
   pdl_wait();  // the producer waited; what follows reads and writes what an earlier kernel may have used
   me.finish(acc);
-  named_barrier(1, kQ4Consumers * 128);  // both are done with the ring: its memory takes the sums
+  named_barrier(1, T::kConsumers * 128);  // all are done with the ring: its memory takes the sums
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b)
 #pragma unroll
@@ -104,7 +104,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
       q4_stage_sums(staged + ((me.group * T::kBlocks + b) * T::kColumns + j * 8) * kQ4TokenFloats, me.warp,
                     me.lane, &acc[b][j * 4]);
   const int tokens = min(T::kColumns, p.sink.tokens - token0);
-  SharePlaces<T> places{p.sink, row0, token0, tokens * rank / p.splits, 0, 0};
+  SharePlaces<T> places{p.sink, p.rows, row0, token0, tokens * rank / p.splits, 0, 0};
   places.count = tokens * (rank + 1) / p.splits - places.first;
   Q4SinkBatch batch;
   batch.fetch(p.sink, places);
@@ -126,7 +126,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
 #endif  // Q4S_SM90A
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, T::kPerSm)
+__global__ void __launch_bounds__(T::kThreads, 1)
     q4_gemm_split_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
 #if Q4S_SM90A
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -138,16 +138,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kPerSm)
   const int tile = int(blockIdx.x) / p.splits, rank = int(blockIdx.x) % p.splits;
   const int row_block = tile / p.column_blocks, token0 = tile % p.column_blocks * T::kColumns;
   const int begin = p.units * rank / p.splits, end = p.units * (rank + 1) / p.splits;
-  if (__shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) == kQ4Consumers) {
-    if constexpr (T::kMoveRegisters) give_registers<40>();
-    if (threadIdx.x == kQ4Consumers * 128)
+  if (__shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) == T::kConsumers) {
+    if (threadIdx.x == T::kConsumers * 128)
       q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, 0},
-                    Cursor<T>{row_block * (T::kRows / 16), token0, begin * T::kUnitStages,
+                    Cursor<T>{row_block * p.operands.row_tiles, token0, begin * T::kUnitStages,
                               (end - begin) * T::kUnitStages, row_block % (end - begin) * T::kUnitStages});
     return;
   }
-  if constexpr (T::kMoveRegisters) take_registers<232>();
-  consume<T>(p, sh, reinterpret_cast<float*>(raw), rank, end - begin, row_block * T::kRows, token0);
+  consume<T>(p, sh, reinterpret_cast<float*>(raw), rank, end - begin, row_block * p.rows, token0);
 #endif
 }
 
@@ -156,8 +154,8 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   static_assert(T::kRows / 64 * T::kColumns * kQ4TokenBytes <= T::kBarriers);
   Params p = {};
   p.sink = q4_gemm_sink(a);
-  p.units = c.k_blocks, p.column_blocks = c.column_blocks, p.splits = c.splits;
-  const Q4Maps maps = q4_gemm_maps(a, T::kRows, T::kColumns, T::kStageTiles, p.operands);
+  p.units = c.k_blocks, p.column_blocks = c.column_blocks, p.splits = c.splits, p.rows = c.rows;
+  const Q4Maps maps = q4_gemm_maps(a, c.rows, T::kColumns, T::kStageTiles, p.operands);
   launch("q4_gemm_split", q4_gemm_split_kernel<T>, dim3(unsigned(c.row_blocks * c.column_blocks * c.splits)),
          T::kThreads, T::kBytes, c.splits, a.pdl, stream, maps, p);
 }
@@ -165,12 +163,13 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
 }  // namespace
 
 void q4_gemm_split_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
-  const auto is = [&](int rows, int columns) { return c.rows == rows && c.columns == columns; };
-  if (is(128, 32)) return start<Tile<128, 32, 2>>(a, c, stream);
-  if (is(256, 32)) return start<Tile<256, 32, 2>>(a, c, stream);
-  if (is(128, 64)) return start<Tile<128, 64, 2>>(a, c, stream);
-  if (is(128, 128)) return start<Tile<128, 128, 1>>(a, c, stream);
-  if (is(256, 128)) return start<Tile<256, 128, 1>>(a, c, stream);
+  const auto within = [&](int rows, int columns) { return c.rows <= rows && c.columns == columns; };
+  if (within(128, 32)) return start<Tile<128, 32>>(a, c, stream);
+  if (within(192, 32)) return start<Tile<192, 32>>(a, c, stream);
+  if (within(128, 64)) return start<Tile<128, 64>>(a, c, stream);
+  if (within(192, 64)) return start<Tile<192, 64>>(a, c, stream);
+  if (within(128, 128)) return start<Tile<128, 128>>(a, c, stream);
+  if (within(192, 128)) return start<Tile<192, 128>>(a, c, stream);
   throw std::runtime_error("q4_gemm: no split kernel for this tile");
 }
 

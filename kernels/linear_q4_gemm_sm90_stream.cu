@@ -12,7 +12,7 @@ constexpr int kFlagBytes = 4096;
 constexpr int kChunk = 32;  // tokens that pass through shared memory at a time
 
 template <int kRows, int kColumns, int kCluster>
-using Tile = Q4Tile<kRows, kColumns, kCluster, 1, 1, kQ4Consumers*(kQ4DrainBytes + kColumns * 8)>;
+using Tile = Q4Tile<kRows, kColumns, kCluster, 1, kQ4Consumers*(kQ4DrainBytes + kColumns * 8)>;
 static_assert(kChunk * kQ4TokenBytes <= kQ4DrainBytes);
 
 struct Params {
@@ -201,7 +201,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, i
 #endif  // Q4S_SM90A
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, T::kPerSm)
+__global__ void __launch_bounds__(T::kThreads, 1)
     q4_gemm_stream_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
 #if Q4S_SM90A
   extern __shared__ __align__(1024) uint8_t raw[];

@@ -3,11 +3,11 @@
 // process.
 //   prefill_bench_cuda [--check | --quick | --sweep | --few | --attention [SHAPE[:TOKENS]] | --profile
 //   TOKENS]
-//                      [--no-fork]
+//                      [--no-fork] [--tokens N]...
 // --check: few small shapes and no timing, for compute-sanitizer (with --no-fork). --quick: the goals' table
 // alone behind fewer random shapes. --sweep: every tile and way of cutting too; --few: up to 32 tokens only.
-// --attention: that alone, for one SHAPE times only. --profile: the four products of a layer and nothing
-// else, for a profiler.
+// --attention: that alone, for one SHAPE times only. --tokens: products of so many tokens, no attention.
+// --profile: the four products of a layer and nothing else, for a profiler.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -168,11 +168,14 @@ std::vector<Rung> rungs(int sms) {
                      return config;
                    }});
   }
+  // Few rows in a block, and as many as a tile may have.
   for (const Q4GemmTile& t : kQ4GemmSplitTiles)
     for (int splits : {3, 8})
       all.push_back(
           {name("split", t) + '/' + std::to_string(splits), t.columns, [=](const GemmCase& c, bool more) {
-             return q4_gemm_config_split(shape_of(c, sms, true), t, more ? splits : splits / 2);
+             Q4GemmShape s = shape_of(c, sms, true);
+             if (more) s.multiprocessors = 8;
+             return q4_gemm_config_split(s, t, more ? splits : splits / 2);
            }});
   for (const Q4GemmTile& t : kQ4GemmStreamTiles)
     all.push_back({name("stream", t), t.columns, [=](const GemmCase& c, bool stream) {
@@ -196,7 +199,7 @@ int run_attention(bool check, const std::string& only) {
   return failed ? 1 : 0;
 }
 
-int run(Mode mode, bool fork_allowed) {
+int run(Mode mode, bool fork_allowed, std::vector<int64_t> counts) {
   // The device is asked in a child as well: a process that touched it cannot fork and use it.
   const auto device = [] {
     cudaDeviceProp p;
@@ -211,6 +214,7 @@ int run(Mode mode, bool fork_allowed) {
     std::printf("SKIPPED: no CUDA device\n");
     return 0;
   }
+  const bool attention = counts.empty();
   const bool few = mode == Mode::kCheck || mode == Mode::kQuick;
   int bad = 0;
   const auto climb = [&](const Rung& rung) {
@@ -231,7 +235,7 @@ int run(Mode mode, bool fork_allowed) {
     std::printf("\nthe ladder failed; each kernel in a process of its own\n");
     for (const Rung& rung : rungs(132)) isolated([&] { return climb(rung) ? 0 : 1; }, fork_allowed, 10);
   }
-  if (!isolated([&] { return check_attentions(few); }, fork_allowed))
+  if (attention && !isolated([&] { return check_attentions(few); }, fork_allowed))
     ++bad, std::printf("  attention FAILED\n");
   if (bad && fork_allowed) std::printf("FAILED: %d; times all the same\n", bad);
 
@@ -240,11 +244,11 @@ int run(Mode mode, bool fork_allowed) {
   const int count = mode == Mode::kCheck ? 12 : mode == Mode::kQuick ? 40 : 220;
   if (bad == 0 && !random_shapes(count, p.multiProcessorCount, p.major == 9)) ++bad;
   if (mode != Mode::kCheck && p.major == 9) {
-    std::vector<int64_t> counts = {8, 16, 32};
-    if (mode != Mode::kFew) counts.insert(counts.end(), {64, 128, 256, 512, 2048, 8192});
+    if (counts.empty() && mode == Mode::kFew) counts = {8, 16, 32};
+    if (counts.empty()) counts = {8, 16, 32, 64, 128, 256, 512, 2048, 8192};
     const bool sweep = mode == Mode::kSweep || mode == Mode::kFew;
     const double peak = time_gemm(p.multiProcessorCount, sweep, counts);
-    if (mode != Mode::kFew) time_attention(peak, sweep);
+    if (attention && mode != Mode::kFew) time_attention(peak, sweep);
   }
   std::printf(bad ? "\nFAILED: %d\n" : "\nall correct\n", bad);
   return bad ? 1 : 0;
@@ -257,6 +261,7 @@ int main(int argc, char** argv) {
   q4s::Mode mode = q4s::Mode::kPlain;
   bool fork_allowed = true, attention = false;
   std::string only;
+  std::vector<int64_t> counts;
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
     if (a == "--check")
@@ -269,6 +274,8 @@ int main(int argc, char** argv) {
       mode = q4s::Mode::kFew;
     else if (a == "--no-fork")
       fork_allowed = false;
+    else if (a == "--tokens" && i + 1 < argc)
+      counts.push_back(std::clamp<int64_t>(std::atoll(argv[++i]), 1, q4s::kMaxTokens));
     else if (a == "--attention")
       attention = true, only = i + 1 < argc && argv[i + 1][0] != '-' ? argv[++i] : "";
     else if (a == "--profile" && i + 1 < argc)
@@ -277,12 +284,12 @@ int main(int argc, char** argv) {
       return std::fprintf(
                  stderr,
                  "prefill_bench_cuda [--check | --quick | --sweep | --few | --attention [SHAPE[:TOKENS]] | "
-                 "--profile TOKENS] [--no-fork]\n"),
+                 "--profile TOKENS] [--no-fork] [--tokens N]...\n"),
              2;
   }
   try {
     if (attention) return q4s::run_attention(mode == q4s::Mode::kCheck, only);
-    return q4s::run(mode, fork_allowed);
+    return q4s::run(mode, fork_allowed, counts);
   } catch (const std::exception& e) {
     std::printf("\n%s\n", e.what());
     return 1;

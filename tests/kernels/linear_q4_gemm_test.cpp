@@ -61,11 +61,14 @@ void check_schedule(const Q4GemmShape& s, const Q4GemmConfig& c) {
   }
 }
 
-// Tiles cover the product; no part of K is empty.
-void check_split(const Q4GemmShape& s, const Q4GemmConfig& c) {
+// Tiles cover the product, each with rows of it; no part of K is empty.
+void check_split(const Q4GemmShape& s, const Q4GemmConfig& c, int most_rows = 192) {
   CAPTURE(c.print());
   REQUIRE(c.kernel == Q4GemmKernel::kSplit);
+  REQUIRE(c.rows % 16 == 0);
+  REQUIRE(c.rows <= most_rows);
   REQUIRE(int64_t(c.row_blocks) * c.rows >= s.w.n_tiles() * 16);
+  REQUIRE(int64_t(c.row_blocks - 1) * c.rows < s.w.n_tiles() * 16);
   REQUIRE(int64_t(c.column_blocks) * c.columns >= s.tokens);
   REQUIRE(int64_t(c.k_blocks) * kQ4GemmUnit >= s.w.k);
   REQUIRE(c.splits >= 1);
@@ -98,8 +101,8 @@ TEST_CASE("q4_gemm_config: every unit of work is dealt once, for every tile and 
                                 r() % 2 ? 128 : 32, r() % 2 ? RowMap::kPlain : RowMap::kPairHalves);
     const Q4GemmTile tile = kQ4GemmStreamTiles[r() % std::size(kQ4GemmStreamTiles)];
     check_schedule(s, q4_gemm_config_stream(s, tile, i % 2));
-    check_split(
-        s, q4_gemm_config_split(s, kQ4GemmSplitTiles[r() % std::size(kQ4GemmSplitTiles)], 1 + int(r() % 8)));
+    const Q4GemmTile split = kQ4GemmSplitTiles[r() % std::size(kQ4GemmSplitTiles)];
+    check_split(s, q4_gemm_config_split(s, split, 1 + int(r() % 8)), split.rows);
     check_few(s, q4_gemm_config_few(s));
   }
 }
@@ -118,6 +121,16 @@ TEST_CASE("q4_gemm_config: the choice") {
   // Few tokens: all multiprocessors read weights.
   const Q4GemmConfig few = q4_gemm_config(shape(32, 4096, 4096));
   CHECK(few.row_blocks * few.column_blocks * few.splits >= 90);
+  // Rows are dealt so that they are as good as all at work, for as long.
+  for (int64_t tokens : {32, 64, 128})
+    for (auto [n, k] :
+         {std::pair<int64_t, int64_t>{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}}) {
+      const Q4GemmConfig c = q4_gemm_config(shape(tokens, n, k));
+      CAPTURE(c.print());
+      CHECK(c.kernel == Q4GemmKernel::kSplit);
+      CHECK(c.row_blocks * c.column_blocks * c.splits >= 105);
+      CHECK(c.row_blocks * c.column_blocks * c.splits <= 132);
+    }
   // Groups that stages do not line up with, and devices without wgmma, take the portable kernel.
   CHECK(q4_gemm_config(shape(64, 4096, 4096, 96)).kernel == Q4GemmKernel::kPortable);
   Q4GemmShape old = shape(64, 4096, 4096);
