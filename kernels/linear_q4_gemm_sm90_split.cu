@@ -16,6 +16,8 @@ struct Params {
   Q4GemmSink sink;
   Q4Operands operands;
   int units, column_blocks, splits, rows;
+  int lanes;         // threads that take one token's rows
+  uint32_t inverse;  // of it, in 2^-32, rounded up: exact for the items of a tile
 };
 
 #if Q4S_SM90A
@@ -50,6 +52,11 @@ __device__ float4 load_remote(uint32_t address, uint32_t rank) {
 
 // Four neighbouring floats of every block of the cluster, added in the order of K.
 __device__ float4 sum_parts(uint32_t address, int splits) {
+  if (splits == 1) {
+    const uint4 v = load_shared(address);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                       __uint_as_float(v.w));
+  }
   float4 sum = make_float4(0, 0, 0, 0);
   for (int first = 0; first < splits; first += 4) {
     float4 v[4];
@@ -66,26 +73,38 @@ __device__ float4 sum_parts(uint32_t address, int splits) {
 // Places of a share of the tokens, dealt over the consumers' threads step by step: rows of a token along
 // threads.
 template <class T>
-struct SharePlaces {
-  const Q4GemmSink& s;
-  int rows, row0, token0, first, count, step;
-  static constexpr int kThreads = T::kConsumers * 128;
-
-  __device__ int lanes() const { return s.output == Q4GemmOutput::kStore ? rows / 4 : rows / 8; }
-  __device__ int item(int i) const {
-    return (step * (s.output == Q4GemmOutput::kStore ? 4 : 2) + i) * kThreads + int(threadIdx.x);
+class SharePlaces {
+ public:
+  __device__ SharePlaces(const Params& p, int row0, int token0, int tokens, int rank)
+      : p_(p), row0_(row0), first_(tokens * rank / p.splits) {
+    count_ = tokens * (rank + 1) / p.splits - first_;
+    token0_ = token0 + first_;
   }
-  __device__ int token(int i) const { return item(i) / lanes(); }  // of the share
-  __device__ int row(int i) const {
-    const int lane = item(i) % lanes();
-    return s.output == Q4GemmOutput::kStore ? lane * 4 : lane / 2 * 16 + lane % 2 * 4;
-  }
-  __device__ bool any() const {
-    return step * (s.output == Q4GemmOutput::kStore ? 4 : 2) * kThreads < count * lanes();
-  }
+  __device__ bool any() const { return step_ * batch() * kThreads < count_ * p_.lanes; }
+  __device__ void next() { ++step_; }
   __device__ Q4SinkPlace operator()(int i) const {
-    return {row0 + row(i), token(i) < count ? token0 + first + token(i) : -1};
+    const Spot at = spot(i);
+    return {row0_ + at.row, at.token < count_ ? token0_ + at.token : -1};
   }
+  // Offset of a place's sums, as q4_stage_sums left them.
+  __device__ int sums(int i) const {
+    const Spot at = spot(i);
+    return (at.row / 64 * T::kColumns + first_ + at.token) * kQ4TokenFloats + q4_row_offset(at.row % 64);
+  }
+
+ private:
+  struct Spot {
+    int token, row;  // of the share, of the tile
+  };
+  static constexpr int kThreads = T::kConsumers * 128;
+  __device__ int batch() const { return p_.sink.output == Q4GemmOutput::kStore ? 4 : 2; }
+  __device__ Spot spot(int i) const {
+    const int item = (step_ * batch() + i) * kThreads + int(threadIdx.x);
+    const int token = int(__umulhi(uint32_t(item), p_.inverse)), lane = item - token * p_.lanes;
+    return {token, p_.sink.output == Q4GemmOutput::kStore ? lane * 4 : lane / 2 * 16 + lane % 2 * 4};
+  }
+  const Params& p_;
+  int row0_, first_, count_, token0_, step_ = 0;
 };
 
 template <class T>
@@ -95,30 +114,27 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
   float acc[T::kBlocks][T::kRegs];
   me.multiply(units, acc);
   pdl_wait();  // the producer waited; what follows reads and writes what an earlier kernel may have used
+  // What comes with the sums is asked for two steps ahead.
+  SharePlaces<T> places(p, row0, token0, min(T::kColumns, p.sink.tokens - token0), rank), later = places;
+  Q4SinkBatch batch, next;
+  batch.fetch(p.sink, places);
+  later.next();
   me.finish(acc);
   named_barrier(1, T::kConsumers * 128);  // all are done with the ring: its memory takes the sums
 #pragma unroll
-  for (int b = 0; b < T::kBlocks; ++b)
-#pragma unroll
-    for (int j = 0; j < T::kColumns / 8; ++j)
-      q4_stage_sums(staged + ((me.group * T::kBlocks + b) * T::kColumns + j * 8) * kQ4TokenFloats, me.warp,
-                    me.lane, &acc[b][j * 4]);
-  const int tokens = min(T::kColumns, p.sink.tokens - token0);
-  SharePlaces<T> places{p.sink, p.rows, row0, token0, tokens * rank / p.splits, 0, 0};
-  places.count = tokens * (rank + 1) / p.splits - places.first;
-  Q4SinkBatch batch;
-  batch.fetch(p.sink, places);
+  for (int j = 0; j < T::kColumns / 8; ++j)
+    q4_stage_sums(staged + (me.group * T::kColumns + j * 8) * kQ4TokenFloats, me.warp, me.lane,
+                  &acc[0][j * 4]);
+  if (later.any()) next.fetch(p.sink, later);
   cluster_sync();
   const uint32_t base = smem_address(staged);
   while (places.any()) {
     batch.finish(p.sink, places, [&](int i, int upper) {
-      const int row = places.row(i);
-      const int at = (row / 64 * T::kColumns + places.first + places.token(i)) * kQ4TokenFloats +
-                     q4_row_offset(row % 64);
-      return sum_parts(base + 4 * at + 32 * upper, p.splits);
+      return sum_parts(base + 4 * places.sums(i) + 32 * upper, p.splits);
     });
-    ++places.step;
-    if (places.any()) batch.fetch(p.sink, places);
+    places.next(), later.next();
+    batch = next;
+    if (later.any()) next.fetch(p.sink, later);
   }
   cluster_leave();  // others may still read this block's sums
 }
@@ -155,6 +171,8 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   Params p = {};
   p.sink = q4_gemm_sink(a);
   p.units = c.k_blocks, p.column_blocks = c.column_blocks, p.splits = c.splits, p.rows = c.rows;
+  p.lanes = c.rows / (a.output == Q4GemmOutput::kStore ? 4 : 8);
+  p.inverse = uint32_t(((int64_t(1) << 32) + p.lanes - 1) / p.lanes);
   const Q4Maps maps = q4_gemm_maps(a, c.rows, T::kColumns, T::kStageTiles, p.operands);
   launch("q4_gemm_split", q4_gemm_split_kernel<T>, dim3(unsigned(c.row_blocks * c.column_blocks * c.splits)),
          T::kThreads, T::kBytes, c.splits, a.pdl, stream, maps, p);
