@@ -15,7 +15,7 @@ TEST_CASE("cuda score_logits against double, the same bits twice") {
   for (const int64_t vocab : {1, 31, 513, 32000, 128256})
     for (const float wide : {0.1f, 3.f, 40.f})
       for (const bool with_reference : {false, true}) {
-        if (std::getenv("Q4S_QUICK") && vocab > 513 && wide != 3.f) continue;
+        if (quick() && vocab > 513 && wide != 3.f) continue;
         CAPTURE(vocab);
         CAPTURE(wide);
         CAPTURE(with_reference);
