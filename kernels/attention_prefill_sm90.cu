@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   pdl_trigger();
   const Addresses<S> at;
-  if (smem_address(raw) != kSharedStart) asm volatile("trap;");
+  if (shared_address(raw) != kSharedStart) asm volatile("trap;");
   typename S::Common* common = reinterpret_cast<typename S::Common*>(raw + S::kCommon);
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {

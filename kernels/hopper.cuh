@@ -1,9 +1,7 @@
 // Thin wrappers of the sm_90a instructions that the GEMM and attention kernels are built from: mbarriers,
 // TMA, warpgroup mma, clusters. No policy here. Everything compiles to nothing below sm_90a.
 #pragma once
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "kernels/ptx.cuh"
 
 // True where the warpgroup instructions exist: the kernels' bodies are empty elsewhere, and never launched
 // there.
@@ -14,10 +12,6 @@
 #endif
 
 namespace q4s::hopper {
-
-__device__ inline uint32_t smem_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 #if Q4S_SM90A
 
@@ -246,22 +240,7 @@ __device__ inline void store_matrices(uint32_t to, const uint32_t (&v)[4]) {
 
 // ---- mma.sync m16n8k16
 // ------------------------------------------------------------------------------------------------------
-// Four 8x8 matrices of 16-bit elements: lane l gives the address of row l%8 of matrix l/8.
-__device__ inline void load_matrices(uint32_t (&v)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(from)
-               : "memory");
-}
-__device__ inline void mma_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
-      "%1, "
-      "%2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// The same without what d was.
+// mma_16816() without what d was.
 __device__ inline void mma_fresh(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, "
@@ -269,17 +248,6 @@ __device__ inline void mma_fresh(float (&d)[4], const uint32_t (&a)[4], uint32_t
       "%10, %10};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
-}
-
-// ---- 16 bytes from global to shared memory, past L1 and registers
-// ------------------------------------------------
-__device__ inline void copy_async(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // ---- warpgroup mma

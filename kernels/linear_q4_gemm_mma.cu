@@ -1,12 +1,13 @@
 // The portable kernel of linear_q4_gemm.h (sm_80 and up; any group that is a multiple of 32 or a whole row).
 // mma.sync m16n8k16 with the weights as A, straight from global memory into registers one k-tile ahead;
-// activations through a ring of cp.async stages. K may be split over blocks: the last to arrive at a tile sums
-// the parts in the order of K.
+// activations through a ring of cp.async stages. K may be split over blocks: the last to arrive at a tile
+// sums the parts in the order of K.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_epilogue.cuh"
 #include "kernels/linear_q4_gemm_fragment.cuh"
 #include "kernels/linear_q4_gemm_mma.cuh"
 #include "kernels/pdl.cuh"
+#include "kernels/shared_halves.cuh"
 
 namespace q4s {
 namespace {
@@ -28,24 +29,12 @@ struct Params {
   int* arrived;    // (tiles), zero before and after
 };
 
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// 16 bytes into shared memory, zeros where !valid.
-__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
 template <int kColumns>
 __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_constant__ Params p) {
   constexpr int kStageBytes = kColumns * 128;  // (columns, 64) halves, 16-byte pieces swizzled by column % 8
   constexpr int kRegs = kColumns / 2;
   extern __shared__ __align__(128) uint8_t shared[];
-  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t base = shared_address(shared);
   pdl_trigger();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
   const int token0 = blockIdx.y * kColumns, split = blockIdx.z;
@@ -59,12 +48,12 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
       for (int i = threadIdx.x; i < kColumns * 8; i += kThreads) {
         const int column = i / 8, piece = i % 8, token = token0 + column;
         const bool valid = token < p.sink.tokens;
-        copy_async(base + kt % kStages * kStageBytes + column * 128 + (piece ^ column % 8) * 16,
-                   p.x + (valid ? token : 0) * p.pitch + kt * kQ4TileCols + piece * 8, valid);
+        copy_or_zero(base + kt % kStages * kStageBytes + column * 128 + (piece ^ column % 8) * 16,
+                     p.x + (valid ? token : 0) * p.pitch + kt * kQ4TileCols + piece * 8, valid);
       }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copy_commit();
   };
-  const auto load_codes = [&](int kt, uint4 (&w)[kTilesPerWarp]) {
+  const auto load_codes = [&](int kt, uint4(&w)[kTilesPerWarp]) {
     for (int i = 0; i < kTilesPerWarp; ++i) {
       const bool valid = kt < end && tile0 + i < p.n_tiles;
       const uint8_t* from = p.codes + (int64_t(tile0 + i) * p.k_tiles + kt) * kQ4TileBytes + lane * 16;
@@ -77,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
   load_codes(begin, codes);
   for (int s = 0; s < kStages - 1; ++s) fetch(begin + s);
   for (int kt = begin; kt < end; ++kt) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+    copy_wait<kStages - 2>();
     __syncthreads();  // the stage is visible to all, and all are done with the one about to be overwritten
     fetch(kt + kStages - 1);
     load_codes(kt + 1, next);
@@ -97,14 +86,12 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
         // Four 8x8 blocks: columns c.. and c+8.., each with k 0-7 and 8-15 of this step.
         const int column_in = c + lane / 16 * 8 + lane % 8, piece = 2 * j + lane / 8 % 2;
         uint32_t b[4];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                     : "r"(base + kt % kStages * kStageBytes + column_in * 128 + (piece ^ column_in % 8) * 16)
-                     : "memory");
+        load_matrices<false>(
+            b, base + kt % kStages * kStageBytes + column_in * 128 + (piece ^ column_in % 8) * 16);
 #pragma unroll
         for (int i = 0; i < kTilesPerWarp; ++i) {
-          mma(acc[i][c / 8], a[i], b[0], b[1]);
-          mma(acc[i][c / 8 + 1], a[i], b[2], b[3]);
+          mma_16816(acc[i][c / 8], a[i], b[0], b[1]);
+          mma_16816(acc[i][c / 8 + 1], a[i], b[2], b[3]);
         }
       }
     }
@@ -148,7 +135,8 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
 template <int kColumns>
 void start(const Params& p, const Q4GemmConfig& c, bool pdl, cudaStream_t stream) {
   const dim3 grid(unsigned(c.row_blocks), unsigned(c.column_blocks), unsigned(c.splits));
-  launch("q4_gemm_mma", q4_gemm_mma_kernel<kColumns>, grid, kThreads, kStages * kColumns * 128, 1, pdl, stream, p);
+  launch("q4_gemm_mma", q4_gemm_mma_kernel<kColumns>, grid, kThreads, kStages * kColumns * 128, 1, pdl,
+         stream, p);
 }
 
 }  // namespace

@@ -111,10 +111,10 @@ struct Q4RopeSteps {
       const float* table = s.table + row % s.head_dim + i % 4 * 4;
 #pragma unroll
       for (int t = int(p.thread / 16); t < kTokens; t += 8)
-        hopper::copy_async(ahead(p, step) + piece(t, i),
-                           table + int64_t(p.at[step % kOfBlock * kTokens + t].x) * s.head_dim);
+        copy_async(ahead(p, step) + piece(t, i),
+                   table + int64_t(p.at[step % kOfBlock * kTokens + t].x) * s.head_dim);
     }
-    hopper::copy_async_commit();
+    copy_commit();
   }
 };
 
@@ -127,7 +127,7 @@ __device__ void q4_drain_rope(const Q4GemmSink& s, const Q4DrainPlace& p,
   for (int step = 0; step < Steps::kSteps; ++step) {
     const int b = step / Steps::kOfBlock, first = step % Steps::kOfBlock * Steps::kTokens;
     const bool turned = p.row0 + b * 64 + int(p.warp) * 16 < s.rotated;
-    hopper::copy_async_wait<Steps::kAhead - 1>();
+    copy_wait<Steps::kAhead - 1>();
     p.sync();  // all have their rotations, and whoever read the buffer has
     uint32_t low[4], high[4];
 #pragma unroll
@@ -189,8 +189,8 @@ struct Q4StoreSteps {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (token + 8 * i < s.tokens)
-          hopper::copy_async(ahead(p, step, i), s.residual + int64_t(token + 8 * i) * s.n + row);
-    hopper::copy_async_commit();
+          copy_async(ahead(p, step, i), s.residual + int64_t(token + 8 * i) * s.n + row);
+    copy_commit();
   }
 };
 
@@ -212,7 +212,7 @@ __device__ void q4_drain_store(const Q4GemmSink& s, const Q4DrainPlace& p,
         hopper::store_shared(p.buffer + piece_at(token, p.warp * 4 + i / 2 * 2 + g / 4) + g % 4 * 4,
                              acc[b][4 * (first / 8 + j) + i]);
       }
-    hopper::copy_async_wait<Steps::kAhead - 1>();
+    copy_wait<Steps::kAhead - 1>();
     p.sync();
     const int row = p.row0 + b * 64 + piece * 4, token = p.token0 + first + local;
 #pragma unroll

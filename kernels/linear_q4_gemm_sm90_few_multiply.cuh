@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels/linear_q4_gemm_sm90_loop.cuh"
+#include "kernels/shared_halves.cuh"
 
 namespace q4s {
 
@@ -67,7 +68,7 @@ struct Q4FewShared {
   const uint8_t* base;
   uint32_t x, sums, full_w, full_x, empty, full_sums, empty_sums;
   __device__ Q4FewShared(const Q4FewLayout& layout, const uint8_t* b) : l(layout), base(b) {
-    x = hopper::smem_address(b);
+    x = shared_address(b);
     sums = x + l.sums;
     full_w = x + l.barriers;
     full_x = full_w + l.stages * 8;
@@ -145,22 +146,22 @@ struct Q4FewMultiplier {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           uint32_t a[4], b[4];
-          hopper::load_matrices(b, x + at_step[s] + t * kQ4FewXTileBytes);
+          load_matrices<false>(b, x + at_step[s] + t * kQ4FewXTileBytes);
           if constexpr (kScaleSums) {
             q4_integers(word[s], a);
             if (t == 0 && s == 0) {
               hopper::mma_fresh(part[0], a, b[0], b[1]);
               hopper::mma_fresh(part[1], a, b[2], b[3]);
             } else {
-              hopper::mma_add(part[0], a, b[0], b[1]);
-              hopper::mma_add(part[1], a, b[2], b[3]);
+              mma_16816(part[0], a, b[0], b[1]);
+              mma_16816(part[1], a, b[2], b[3]);
             }
           } else {
             if (t > 0 && s == 0 && p.fine > 0) f.set(scales + p.fine * 16, p.half_grid);
             if (s == 2 && p.fine > 1) f.set(scales + (t * 2 + 1) * 16, p.half_grid);
             f.unpack(word[s], a);
-            hopper::mma_add(acc[0], a, b[0], b[1]);
-            hopper::mma_add(acc[1], a, b[2], b[3]);
+            mma_16816(acc[0], a, b[0], b[1]);
+            mma_16816(acc[1], a, b[2], b[3]);
           }
         }
       }

@@ -71,11 +71,11 @@ struct Q4Shared {
   const uint8_t* s_data;
 
   __device__ explicit Q4Shared(const uint8_t* base) {
-    x = hopper::smem_address(base);
+    x = shared_address(base);
     w_data = base + T::kStages * T::kXBytes;
     s_data = w_data + T::kStages * T::kWBytes;
-    w = hopper::smem_address(w_data);
-    s = hopper::smem_address(s_data);
+    w = shared_address(w_data);
+    s = shared_address(s_data);
     full = x + T::kBarriers;
     empty = full + T::kStages * 8;
   }

@@ -127,7 +127,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
                   &acc[0][j * 4]);
   if (later.any()) next.fetch(p.sink, later);
   cluster_sync();
-  const uint32_t base = smem_address(staged);
+  const uint32_t base = shared_address(staged);
   while (places.any()) {
     batch.finish(p.sink, places, [&](int i, int upper) {
       return sum_parts(base + 4 * places.sums(i) + 32 * upper, p.splits);

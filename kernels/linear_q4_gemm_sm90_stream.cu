@@ -173,7 +173,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, i
                     uint32_t(me.thread),
                     uint32_t(me.warp),
                     uint32_t(me.lane),
-                    smem_address(buffer),
+                    shared_address(buffer),
                     places};
     at.pin();
     if (part.begin == 0 && p.drain) {

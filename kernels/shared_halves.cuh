@@ -1,6 +1,6 @@
 // Matrices of halves in shared memory: asynchronous copies into them, fragments out of them. Device code.
 #pragma once
-#include "kernels/decode_ptx.cuh"
+#include "kernels/ptx.cuh"
 
 namespace q4s {
 

@@ -1,5 +1,5 @@
-// The PTX instructions of the decode kernels: shared memory by address, barriers, asynchronous copies, warp
-// products. Device code only.
+// PTX instructions of sm_80 and up that several kernels use: shared memory by address, barriers, asynchronous
+// copies, warp products. Those of sm_90a alone: hopper.cuh. Device code only.
 #pragma once
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -19,8 +19,8 @@ __device__ inline uint32_t held(uint32_t v) {
   asm volatile("" : "+r"(v));
   return v;
 }
-// The same against ptxas, which may make again even what `held` returns: a shuffle it does not repeat. For all
-// lanes of a warp.
+// The same against ptxas, which may make again even what `held` returns: a shuffle it does not repeat. For
+// all lanes of a warp.
 __device__ inline uint32_t held_hard(uint32_t v) { return __shfl_xor_sync(0xffffffffu, v, 0); }
 __device__ inline float held_float(float v) {
   asm volatile("" : "+f"(v));
