@@ -21,7 +21,6 @@ namespace {
 const GridKind kGrids[] = {GridKind::kSigned, GridKind::kHalf, GridKind::kSym7, GridKind::kSym8,
                            GridKind::kInt8};
 
-
 struct Shape {
   int64_t n, k, group;
 };
