@@ -7,7 +7,6 @@
 #include <climits>
 
 #include "kernels/attention_prefill.h"
-#include "kernels/ptx.cuh"
 #include "kernels/hopper.cuh"
 
 namespace q4s::prefill_attention {
