@@ -64,6 +64,7 @@ struct DecodeHead {
   int token, head, kv_head;
   int position, sequence;  // of the token
 
+  // A block has one alone: its round, as DecodePlace takes it, is 0.
   __device__ DecodeHead(const LinearDecodeAttention& a, int)
       : token(int(blockIdx.x) / (a.kv_heads * a.queries)),
         head(int(blockIdx.x) % (a.kv_heads * a.queries)),

@@ -1,13 +1,12 @@
 // Prefill kernels on the device: a bring-up ladder (kernels in processes of their own, so that a fault in one
 // does not hide the others), random shapes against fp64, repeatability, and times beside cuBLAS of the same
 // process.
-//   prefill_bench_cuda [--check | --quick | --sweep | --few | --attention [SHAPE[:TOKENS]] | --profile
-//   TOKENS]
+//   prefill_bench_cuda [--check | --quick | --sweep | --few | --attention [SHAPE[:TOKENS]] | --profile N]
 //                      [--no-fork] [--tokens N]...
 // --check: few small shapes and no timing, for compute-sanitizer (with --no-fork). --quick: the goals' table
 // alone behind fewer random shapes. --sweep: every tile and way of cutting too; --few: up to 32 tokens only.
 // --attention: that alone, for one SHAPE times only. --tokens: products of so many tokens, no attention.
-// --profile: the four products of a layer and nothing else, for a profiler.
+// --profile: the four products of a layer with N tokens and nothing else, for a profiler.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -284,7 +283,7 @@ int main(int argc, char** argv) {
       return std::fprintf(
                  stderr,
                  "prefill_bench_cuda [--check | --quick | --sweep | --few | --attention [SHAPE[:TOKENS]] | "
-                 "--profile TOKENS] [--no-fork] [--tokens N]...\n"),
+                 "--profile N] [--no-fork] [--tokens N]...\n"),
              2;
   }
   try {
