@@ -155,8 +155,8 @@ __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acqui
 __device__ inline void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
-// All have come this far and hold what they read; says nothing of writes.
-__device__ inline void cluster_leave() {
+// All have come this far and hold what they read; says nothing of writes but those of barrier_init_fence().
+__device__ inline void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 __device__ inline void cluster_sync() {

@@ -108,7 +108,9 @@ __device__ __forceinline__ void linear_decode_block(const LinearDecodeParams<kPr
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
 #if Q4S_SM90A
-  if constexpr (kPair) hopper::cluster_arrive_relaxed();
+  // The other block's barriers exist. All warps meet here: racecheck holds a block's warps at a wait for the
+  // cluster until the last of them is there.
+  if constexpr (kPair) hopper::cluster_meet();
 #endif
 
   DecodePlace* const places = reinterpret_cast<DecodePlace*>(shared + c.place);
@@ -127,7 +129,6 @@ __device__ __forceinline__ void linear_decode_block(const LinearDecodeParams<kPr
     const DecodeSumPlaces sums{at(c.partial), at(c.sums), at(c.norm) + j * p.tokens, at(c.squares)};
     if constexpr (kPair) {
 #if Q4S_SM90A
-      hopper::cluster_wait();  // the other block's barriers exist
       linear_decode_reduce_pair<kTokens>(p, ring, sums, at(c.inbox), first, j, lane);
 #endif
     } else {
@@ -201,11 +202,7 @@ __global__ void __launch_bounds__((kDecodeWarps + kDecodeReducers + 1) * 32, 1)
   extern __shared__ __align__(128) uint8_t shared[];
   linear_decode_block<Tile, kTokens, kProducts, true, true>(p, shared);
   __syncwarp();
-  // The other block still sends to this one's memory. Reducers have waited for the first phase already.
-  const int warp = int(threadIdx.x) / 32;
-  if (warp < kDecodeWarps || warp == kDecodeWarps + kDecodeReducers) hopper::cluster_wait();
-  __syncwarp();
-  hopper::cluster_leave();
+  hopper::cluster_meet();  // the other block still sends to this one's memory
 #endif
 }
 

@@ -195,7 +195,7 @@ __global__ void __maxnreg__(kQ4FewRegisters)
     cluster_wait();
   }
   __syncwarp();
-  cluster_leave();  // the other block still sends to this one's memory
+  cluster_meet();  // the other block still sends to this one's memory
 #endif
 }
 

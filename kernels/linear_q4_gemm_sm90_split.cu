@@ -136,7 +136,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, i
     batch = next;
     if (later.any()) next.fetch(p.sink, later);
   }
-  cluster_leave();  // others may still read this block's sums
+  cluster_meet();  // others may still read this block's sums
 }
 
 #endif  // Q4S_SM90A

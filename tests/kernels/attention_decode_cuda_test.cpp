@@ -82,7 +82,8 @@ void check(const Case& c) {
                         .fresh = tokens,
                         .scratch = scratch.data()};
   std::vector<float> first;
-  for (int again = 0; again < c.runs; ++again) {
+  const int runs = quick() > 1 ? 1 : c.runs;
+  for (int again = 0; again < runs; ++again) {
     attention_decode_cuda(a, nullptr, again % 3 == 2);
     cuda_check(cudaDeviceSynchronize(), "attention_decode");
     const std::vector<float> y = dy.get();
@@ -132,7 +133,10 @@ TEST_CASE("attention_decode on the device: a cache in parts") {
     for (auto [heads, kv_heads] : {std::pair<int64_t, int64_t>{8, 2}, {32, 32}, {64, 8}})
       check({heads, kv_heads, 64, 1600, {length - 1}, {0}});
   for (int64_t group = 1; group <= 8; ++group)
-    for (int64_t hd : {32, 64, 80, 96, 128}) check({2 * group, 2, hd, 2600, {2590 - int32_t(group)}, {1}});
+    for (int64_t hd : {32, 64, 80, 96, 128}) {
+      if (quick() > 1 && (hd > 64 || (group & (group - 1)) != 0)) continue;
+      check({2 * group, 2, hd, 2600, {2590 - int32_t(group)}, {1}});
+    }
   check({32, 8, 128, 3000, {2999, 5, 1400}, {0, 0, 1}, KvType::kF16, 20});
   check({32, 4, 64, 6000, {5999}, {0}, KvType::kF16, 20});
   check({24, 2, 160, 6000, {5000, 5001}, {0, 0}, KvType::kF16, 20});

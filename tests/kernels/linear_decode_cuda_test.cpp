@@ -238,6 +238,7 @@ TEST_CASE("linear_decode on the device: formats, grids, groups, odd shapes") {
   for (auto [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {17, 172}, {48, 257}, {192, 576}, {66, 2048}})
     for (int64_t group : {int64_t(32), int64_t(64), int64_t(128), k})
       for (int64_t tokens : {1, 3, 8, 11}) {
+        if (quick() > 1 && (n == 192 || group == 128 || tokens == 3)) continue;
         check({.layout = {.n = n, .k = k, .group = group}, .tokens = tokens});
         check({.layout = {.n = n, .k = k, .group = group},
                .grid = Grid::kHalf,
