@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <stdexcept>
 
 namespace q4s {
 namespace {
@@ -59,7 +60,7 @@ double few_us(const Q4GemmConfig& c) {
   const double ways = band > 6 ? 1 : band > 4 ? 2 : 3;
   // A warp's way through a unit; reading it.
   const double unit = std::max(0.5 / ways, 0.045 * double(band));
-  return 4.2 + double(c.column_blocks * bands * ceil_div(c.k_blocks, c.splits)) * unit;
+  return 4.2 + double(bands * ceil_div(c.k_blocks, c.splits)) * unit;
 }
 
 }  // namespace
@@ -128,12 +129,13 @@ Q4GemmConfig q4_gemm_config_split(const Q4GemmShape& s, Q4GemmTile t, int splits
 }
 
 Q4GemmConfig q4_gemm_config_few(const Q4GemmShape& s) {
+  if (s.tokens > kQ4GemmFewTokens) throw std::logic_error("q4_gemm: too many tokens for the kernel for few");
   Q4GemmConfig c;
   c.kernel = Q4GemmKernel::kFew;
   c.rows = kQ4TileRows, c.columns = kQ4GemmFewTokens, c.splits = 2;
   c.k_blocks = int(ceil_div(s.w.k, kQ4GemmUnit));
   c.row_blocks = int(s.w.n_tiles());
-  c.column_blocks = int(ceil_div(s.tokens, c.columns));
+  c.column_blocks = 1;
   c.clusters = std::clamp(s.multiprocessors / c.splits, 1, c.row_blocks);
   c.workspace_bytes = kFlagBytes;
   return c;

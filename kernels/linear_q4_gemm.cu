@@ -89,8 +89,10 @@ Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tile
 }
 
 void q4_gemm_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  const bool few = c.kernel == Q4GemmKernel::kFew;
+  if (few && a.tokens > kQ4GemmFewTokens)
+    throw std::logic_error("q4_gemm: too many tokens for the kernel for few");
   if (a.makes || a.reads) {
-    const bool few = c.kernel == Q4GemmKernel::kFew && a.tokens <= kQ4GemmFewTokens;
     if (!few || (a.makes && (a.output != Q4GemmOutput::kStore || a.y_half || a.w.n % kQ4TileCols)) ||
         (a.reads && a.w.k % kQ4TileCols))
       throw std::logic_error("q4_gemm: no handover between such products");

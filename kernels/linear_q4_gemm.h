@@ -34,7 +34,8 @@ constexpr int kQ4GemmUnit = 128;  // columns of W: K is cut by units on sm_90a
 // kStream: `cluster` blocks below each other share the activations by multicast. Work is counted in (tile,
 // unit); `whole` tiles go to one cluster each, round robin; the units of the `streamed` ones are dealt evenly
 // over the clusters, their parts summed in order.
-// kFew: two blocks a cluster, each half of K; each of `clusters` has a run of row blocks of 16.
+// kFew: one column block. Two blocks a cluster, each half of K; each of `clusters` has a run of row blocks of
+// 16.
 struct Q4GemmConfig {
   Q4GemmKernel kernel = Q4GemmKernel::kPortable;
   int rows = 0, columns = 0, cluster = 1;
@@ -57,7 +58,7 @@ constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {128, 256, 2}};
 constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {192, 32, 1},  {128, 64, 1},
                                             {192, 64, 1}, {128, 128, 1}, {192, 128, 1}};
 constexpr int kQ4GemmMostSplits = 8;  // blocks of a cluster
-constexpr int kQ4GemmFewTokens = 16;  // of a tile of kFew
+constexpr int kQ4GemmFewTokens = 16;  // most that kFew takes
 
 // kStream with one tile; `stream` deals the tiles beyond full waves in parts.
 Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape&, Q4GemmTile, bool stream);
@@ -66,7 +67,7 @@ Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape&, Q4GemmTile, bool stream);
 Q4GemmConfig q4_gemm_config_split(const Q4GemmShape&, Q4GemmTile, int splits);
 // Clusters of so many blocks, one a multiprocessor, that run at once.
 int q4_gemm_clusters_at_once(int multiprocessors, int blocks);
-// kFew.
+// kFew; throws std::logic_error for more than kQ4GemmFewTokens tokens.
 Q4GemmConfig q4_gemm_config_few(const Q4GemmShape&);
 // The mma.sync kernel.
 Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape&);
@@ -96,7 +97,7 @@ enum class Q4GemmOutput : uint8_t {
 // Between a product that makes the residual stream (T, D) and one that normalises it, in place of a kernel:
 // the norm's factor of a token can as well be applied to the sums. The maker stores y * gain * guess in fp16,
 // and sums of squares of y; the reader finds the factor from these, and corrects what `guess` was. kFew only,
-// up to kQ4GemmFewTokens tokens, D a multiple of kQ4TileCols.
+// D a multiple of kQ4TileCols.
 //
 // guess: the factor of the token before the maker added to the stream, times kQ4GemmHeadroom. With G the
 // largest gain, no value leaves the range of fp16 while the stream's root mean square grows by less than 2^20

@@ -22,7 +22,7 @@ struct Params {
   Q4FewHandover handover;
   Q4Operands operands;
   Q4FewLayout layout;
-  int units, tiles, columns, clusters;
+  int units, tiles, clusters;
   bool scale_sums;  // groups of whole units of integer codes; else weights are scaled one by one
 };
 
@@ -31,13 +31,12 @@ struct Params {
 using namespace hopper;
 constexpr int kWeightWarp = kMultiply, kXWarp = kMultiply + 1;
 
-// What a block does, in order: columns of tokens; of each, bands of row tiles; of each, units of K. Blocks
-// begin at different places of their part: all at once, they would ask the second cache for the same lines of
-// activations.
+// What a block does, in order: bands of row tiles; of each, units of K. Blocks begin at different places of
+// their part: all at once, they would ask the second cache for the same lines of activations.
 struct Work {
-  int first, end, per_band, bands, begin, units, turn, columns, rank;
+  int first, end, per_band, bands, begin, units, turn, rank;
   __device__ explicit Work(const Params& p) {
-    rank = int(blockIdx.x) % kQ4FewParts, columns = p.columns;
+    rank = int(blockIdx.x) % kQ4FewParts;
     const int c = int(blockIdx.x) / kQ4FewParts;
     first = int(int64_t(p.tiles) * c / p.clusters);
     end = int(int64_t(p.tiles) * (c + 1) / p.clusters);
@@ -53,49 +52,40 @@ struct Work {
   __device__ int tiles(int b) const { return min(per_band, end - band(b)); }
 };
 
-// A place in the ring, whose length is not a constant.
-struct Place {
-  int stage = 0;
+// The units of all bands in a row, each in the next place of the ring, whose length is not a constant.
+struct Cursor {
+  int band, i = 0, stage = 0;
   uint32_t parity = 0;
-  __device__ void next(int stages) {
+  __device__ explicit Cursor(const Work& work) : band(work.units ? 0 : work.bands) {}
+  __device__ void next(const Work& work, int stages) {
+    if (++i == work.units) i = 0, ++band;
     if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
 
-// A whole band, also where the cluster has less: one box each of weights and scales, since time goes with the
-// number of boxes.
-__device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4Maps& maps,
-                                const Work& work) {
-  Place at;
-  const uint32_t bytes = uint32_t(sh.l.w_bytes + sh.l.band * p.operands.box_groups * 32);
-  for (int column = 0; column < work.columns; ++column)
-    for (int b = 0; b < work.bands; ++b)
-      for (int i = 0; i < work.units; ++i, at.next(sh.l.stages)) {
-        barrier_wait(sh.empty + at.stage * 8, at.parity ^ 1);
-        const uint32_t full = sh.full_w + at.stage * 8;
-        barrier_arrive_expect(full, bytes);
-        const int k_tile = work.unit(i) * kQ4UnitTiles;
-        const int group = p.operands.tile_groups ? int(__umulhi(uint32_t(k_tile), p.operands.tile_groups))
-                                                 : k_tile * p.operands.fine;
-        tma_load(sh.x + sh.l.w + at.stage * sh.l.w_bytes, &maps.w, k_tile * (kQ4TileBytes / 4), work.band(b),
-                 full);
-        tma_load(sh.x + sh.l.s + at.stage * sh.l.s_bytes, &maps.s, group * 16, work.band(b), full);
-      }
+// A unit of a whole band, also where the cluster has less: one box each of weights and scales, since time
+// goes with the number of boxes.
+__device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4Maps& maps, const Work& work,
+                                const Cursor& at) {
+  const uint32_t full = sh.full_w + at.stage * 8;
+  barrier_arrive_expect(full, uint32_t(sh.l.w_bytes + sh.l.band * p.operands.box_groups * 32));
+  const int k_tile = work.unit(at.i) * kQ4UnitTiles, row = work.band(at.band);
+  const int group = p.operands.tile_groups ? int(__umulhi(uint32_t(k_tile), p.operands.tile_groups))
+                                           : k_tile * p.operands.fine;
+  tma_load(sh.x + sh.l.w + at.stage * sh.l.w_bytes, &maps.w, k_tile * (kQ4TileBytes / 4), row, full);
+  tma_load(sh.x + sh.l.s + at.stage * sh.l.s_bytes, &maps.s, group * 16, row, full);
 }
 
 __device__ void ask_for_activations(const Q4FewShared& sh, const Q4Maps& maps, const Work& work) {
-  Place at;
-  for (int column = 0; column < work.columns; ++column)
-    for (int b = 0; b < work.bands; ++b)
-      for (int i = 0; i < work.units; ++i, at.next(sh.l.stages)) {
-        barrier_wait(sh.empty + at.stage * 8, at.parity ^ 1);
-        const uint32_t full = sh.full_x + at.stage * 8;
-        barrier_arrive_expect(full, kQ4FewXBytes);
+  for (Cursor at(work); at.band < work.bands; at.next(work, sh.l.stages)) {
+    barrier_wait(sh.empty + at.stage * 8, at.parity ^ 1);
+    const uint32_t full = sh.full_x + at.stage * 8;
+    barrier_arrive_expect(full, kQ4FewXBytes);
 #pragma unroll
-        for (int tile = 0; tile < kQ4UnitTiles; ++tile)
-          tma_load(sh.x + at.stage * kQ4FewXBytes + tile * kQ4FewXTileBytes, &maps.x,
-                   (work.unit(i) * kQ4UnitTiles + tile) * kQ4TileCols, column * kQ4FewTokens, full);
-      }
+    for (int tile = 0; tile < kQ4UnitTiles; ++tile)
+      tma_load(sh.x + at.stage * kQ4FewXBytes + tile * kQ4FewXTileBytes, &maps.x,
+               (work.unit(at.i) * kQ4UnitTiles + tile) * kQ4TileCols, 0, full);
+  }
 }
 
 // Sums of eight tokens go to one block of the cluster: [of source][way][row tile][lane] of 16 bytes.
@@ -106,25 +96,23 @@ __device__ void multiply(const Q4FewShared& sh, const Params& p, const Work& wor
   for (int r = 0; r < kQ4FewParts; ++r)
     to[r] = remote_address(sh.sums + me.lane * 16, r), full[r] = remote_address(sh.full_sums, r);
   uint32_t parity = 1, u0 = 0;  // units before this band
-  for (int column = 0; column < work.columns; ++column)
-    for (int b = 0; b < work.bands; ++b, parity ^= 1, u0 += work.units) {
-      // All at the same band: a warp without work in the last one is not a turn of the ring ahead.
-      if (column + b > 0) named_barrier(1, kMultiply * 32);
-      const int tiles = work.tiles(b), ways = q4_few_ways(tiles), row = me.warp % tiles,
-                way = me.warp / tiles;
-      if (way >= ways) continue;
-      const uint32_t u = u0 + way, turns = u / sh.l.stages, weight = row == 0 ? kQ4FewBand + 1 - tiles : 1;
-      float acc[2][4];
-      if (p.scale_sums)
-        me.tile<true>(row, ways, work.units - way, int(u - turns * sh.l.stages), turns & 1, weight, acc);
-      else
-        me.tile<false>(row, ways, work.units - way, int(u - turns * sh.l.stages), turns & 1, weight, acc);
-      barrier_wait(sh.empty_sums, parity);
-      const uint32_t place = ((work.rank * ways + way) * tiles + row) * 512;
+  for (int b = 0; b < work.bands; ++b, parity ^= 1, u0 += work.units) {
+    // All at the same band: a warp without work in the last one is not a turn of the ring ahead.
+    if (b > 0) named_barrier(1, kMultiply * 32);
+    const int tiles = work.tiles(b), ways = q4_few_ways(tiles), row = me.warp % tiles, way = me.warp / tiles;
+    if (way >= ways) continue;
+    const uint32_t u = u0 + way, turns = u / sh.l.stages, weight = row == 0 ? kQ4FewBand + 1 - tiles : 1;
+    float acc[2][4];
+    if (p.scale_sums)
+      me.tile<true>(row, ways, work.units - way, int(u - turns * sh.l.stages), turns & 1, weight, acc);
+    else
+      me.tile<false>(row, ways, work.units - way, int(u - turns * sh.l.stages), turns & 1, weight, acc);
+    barrier_wait(sh.empty_sums, parity);
+    const uint32_t place = ((work.rank * ways + way) * tiles + row) * 512;
 #pragma unroll
-      for (int j = 0; j < kQ4FewParts; ++j)
-        store_async(to[j] + place, make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]), full[j]);
-    }
+    for (int j = 0; j < kQ4FewParts; ++j)
+      store_async(to[j] + place, make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]), full[j]);
+  }
 }
 
 // The sums that this block adds, to their place: 16 rows x 8 tokens a warp at a time, always the same tokens.
@@ -133,31 +121,28 @@ __device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& wo
   constexpr int kSinkWarps = Q4FewHalf<kOutput>::kSinkWarps;
   const int warp = int(threadIdx.x) / 32 - kSinkWarp, lane = int(threadIdx.x) % 32;
   uint32_t parity = 0;
+  const Q4FewSink<kOutput> sink(p.sink, p.handover, lane, work.rank * 8,
+                                warp == 0 && blockIdx.x < kQ4FewParts);
 #pragma unroll 1
-  for (int column = 0; column < work.columns; ++column) {
-    const Q4FewSink<kOutput> sink(p.sink, p.handover, lane, column * kQ4FewTokens + work.rank * 8,
-                                  warp == 0 && blockIdx.x < kQ4FewParts);
+  for (int b = 0; b < work.bands; ++b, parity ^= 1) {
+    const int first = work.band(b), tiles = work.tiles(b), parts = kQ4FewParts * q4_few_ways(tiles);
+    if (warp == 0 && lane == 0) barrier_arrive_expect(sh.full_sums, parts * tiles * 512);
+    auto next = sink.fetch(p.sink, p.handover, first + min(warp, tiles - 1));
+    barrier_wait(sh.full_sums, parity);
 #pragma unroll 1
-    for (int b = 0; b < work.bands; ++b, parity ^= 1) {
-      const int first = work.band(b), tiles = work.tiles(b), parts = kQ4FewParts * q4_few_ways(tiles);
-      if (warp == 0 && lane == 0) barrier_arrive_expect(sh.full_sums, parts * tiles * 512);
-      auto next = sink.fetch(p.sink, p.handover, first + min(warp, tiles - 1));
-      barrier_wait(sh.full_sums, parity);
-#pragma unroll 1
-      for (int row = warp; row < tiles; row += kSinkWarps) {
-        const auto ahead = next;
-        if (row + kSinkWarps < tiles) next = sink.fetch(p.sink, p.handover, first + row + kSinkWarps);
-        float4 sum = make_float4(0, 0, 0, 0);
-        for (int part = 0; part < parts; ++part) {
-          const uint4 v = load_shared(sh.sums + (part * tiles + row) * 512 + lane * 16);
-          sum.x += __uint_as_float(v.x), sum.y += __uint_as_float(v.y);
-          sum.z += __uint_as_float(v.z), sum.w += __uint_as_float(v.w);
-        }
-        sink.finish(p.sink, p.handover, first + row, ahead, sum);
+    for (int row = warp; row < tiles; row += kSinkWarps) {
+      const auto ahead = next;
+      if (row + kSinkWarps < tiles) next = sink.fetch(p.sink, p.handover, first + row + kSinkWarps);
+      float4 sum = make_float4(0, 0, 0, 0);
+      for (int part = 0; part < parts; ++part) {
+        const uint4 v = load_shared(sh.sums + (part * tiles + row) * 512 + lane * 16);
+        sum.x += __uint_as_float(v.x), sum.y += __uint_as_float(v.y);
+        sum.z += __uint_as_float(v.z), sum.w += __uint_as_float(v.w);
       }
-      __syncwarp();
-      if (lane < kQ4FewParts) barrier_arrive_remote(sh.empty_sums, lane);
+      sink.finish(p.sink, p.handover, first + row, ahead, sum);
     }
+    __syncwarp();
+    if (lane < kQ4FewParts) barrier_arrive_remote(sh.empty_sums, lane);
   }
 }
 
@@ -175,24 +160,31 @@ __global__ void __maxnreg__(kQ4FewRegisters)
   cluster_arrive_relaxed();
   const Work work(p);
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
+  const bool first_lane = threadIdx.x % 32 == 0;
+  // The first ring full of weights. No warp may wait for the cluster only after something that depends on a
+  // warp behind that wait: the sanitizer's racecheck lets none of a block pass before all have come.
+  Cursor weights(work);
+  if (warp == kXWarp && first_lane) tma_prefetch_map(&maps.x);
+  if (warp == kWeightWarp && first_lane) {
+    tma_prefetch_map(&maps.w), tma_prefetch_map(&maps.s);
+    for (int i = 0; i < sh.l.stages && weights.band < work.bands; ++i, weights.next(work, sh.l.stages))
+      ask_for_weights(sh, p, maps, work, weights);
+  }
+  __syncwarp();
+  cluster_wait();  // the other block's barriers exist
   if (warp < kMultiply) {
-    cluster_wait();  // the other block's barriers exist
     multiply(sh, p, work);
   } else if (warp >= kSinkWarp) {
-    cluster_wait();
     pdl_wait();
     take_away<kOutput>(sh, p, work);
-  } else {
-    if (threadIdx.x == kWeightWarp * 32) {
-      tma_prefetch_map(&maps.w), tma_prefetch_map(&maps.s);
-      ask_for_weights(sh, p, maps, work);
-    } else if (threadIdx.x == kXWarp * 32) {
-      tma_prefetch_map(&maps.x);
-      pdl_wait();
-      ask_for_activations(sh, maps, work);
+  } else if (warp == kWeightWarp && first_lane) {
+    for (; weights.band < work.bands; weights.next(work, sh.l.stages)) {
+      barrier_wait(sh.empty + weights.stage * 8, weights.parity ^ 1);
+      ask_for_weights(sh, p, maps, work, weights);
     }
-    __syncwarp();
-    cluster_wait();
+  } else if (warp == kXWarp && first_lane) {
+    pdl_wait();
+    ask_for_activations(sh, maps, work);
   }
   __syncwarp();
   cluster_meet();  // the other block still sends to this one's memory
@@ -205,7 +197,7 @@ void run(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   Params p = {};
   p.sink = q4_gemm_sink(a);
   p.handover = q4_few_handover(a);
-  p.units = c.k_blocks, p.tiles = c.row_blocks, p.columns = c.column_blocks, p.clusters = c.clusters;
+  p.units = c.k_blocks, p.tiles = c.row_blocks, p.clusters = c.clusters;
   const int most = int(ceil_div(p.tiles, p.clusters));  // tiles of a cluster
   q4_gemm_maps(a, kQ4TileRows, kQ4FewTokens, kQ4UnitTiles, p.operands);
   p.layout = q4_few_layout(most, p.operands.box_groups, Half::kSharedBytes);

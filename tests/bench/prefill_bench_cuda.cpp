@@ -41,8 +41,10 @@ double run_case(const GemmCase& c, const Q4GemmConfig& config, uint64_t seed, bo
   return worst;
 }
 
-// From one tile and one stage to rings that wrap, many tiles, split tiles and every epilogue.
-int ladder(const std::function<Q4GemmConfig(const GemmCase&, bool)>& config, int columns, bool quick) {
+// From one tile and one stage to rings that wrap, many tiles, split tiles and every epilogue; at most `most`
+// tokens.
+int ladder(const std::function<Q4GemmConfig(const GemmCase&, bool)>& config, int columns, int64_t most,
+           bool quick) {
   const int64_t m = columns;
   std::vector<std::pair<GemmCase, bool>> steps = {
       {{m, 16, 64, 64}, false},
@@ -59,6 +61,7 @@ int ladder(const std::function<Q4GemmConfig(const GemmCase&, bool)>& config, int
     steps.push_back({{3 * m, 9000, 256, 64}, false}), steps.push_back({{2 * m, 9000, 320, 64}, true});
   int failed = 0;
   for (size_t i = 0; i < steps.size(); ++i) {
+    steps[i].first.tokens = std::min(steps[i].first.tokens, most);
     const double worst = run_case(steps[i].first, config(steps[i].first, steps[i].second), 100 + i, i % 2);
     if (worst > 1) ++failed;
     std::printf(" %.2g", worst);
@@ -120,7 +123,8 @@ bool random_shapes(int count, int sms, bool hopper) {
   int failed = 0, of_kernel[4] = {}, streamed = 0;
   const double start = seconds();
   for (int i = 0; i < count; ++i) {
-    const GemmCase c = random_case(r);
+    GemmCase c = random_case(r);
+    if (i % 8 == 5) c.tokens = 1 + c.tokens % kQ4GemmFewTokens;
     const Q4GemmShape s = shape_of(c, sms, hopper);
     Q4GemmConfig config = q4_gemm_config(s);
     // Every fourth the choice of the library, else any tile of any kernel.
@@ -150,6 +154,7 @@ bool random_shapes(int count, int sms, bool hopper) {
 struct Rung {
   std::string name;
   int columns;
+  int64_t most;  // tokens
   std::function<Q4GemmConfig(const GemmCase&, bool)> config;
 };
 
@@ -160,7 +165,8 @@ std::vector<Rung> rungs(int sms) {
            std::to_string(t.cluster);
   };
   for (int share : {5, 19}) {
-    all.push_back({"few /" + std::to_string(share), kQ4GemmFewTokens, [=](const GemmCase& c, bool more) {
+    all.push_back({"few /" + std::to_string(share), kQ4GemmFewTokens, kQ4GemmFewTokens,
+                   [=](const GemmCase& c, bool more) {
                      Q4GemmConfig config = q4_gemm_config_few(shape_of(c, sms, true));
                      // Row tiles of a cluster: in turns, in one band, in several.
                      if (more) config.clusters = std::max(1, config.row_blocks / share);
@@ -170,17 +176,17 @@ std::vector<Rung> rungs(int sms) {
   // Few rows in a block, and as many as a tile may have.
   for (const Q4GemmTile& t : kQ4GemmSplitTiles)
     for (int splits : {3, 8})
-      all.push_back(
-          {name("split", t) + '/' + std::to_string(splits), t.columns, [=](const GemmCase& c, bool more) {
-             Q4GemmShape s = shape_of(c, sms, true);
-             if (more) s.multiprocessors = 8;
-             return q4_gemm_config_split(s, t, more ? splits : splits / 2);
-           }});
+      all.push_back({name("split", t) + '/' + std::to_string(splits), t.columns, kMaxTokens,
+                     [=](const GemmCase& c, bool more) {
+                       Q4GemmShape s = shape_of(c, sms, true);
+                       if (more) s.multiprocessors = 8;
+                       return q4_gemm_config_split(s, t, more ? splits : splits / 2);
+                     }});
   for (const Q4GemmTile& t : kQ4GemmStreamTiles)
-    all.push_back({name("stream", t), t.columns, [=](const GemmCase& c, bool stream) {
+    all.push_back({name("stream", t), t.columns, kMaxTokens, [=](const GemmCase& c, bool stream) {
                      return q4_gemm_config_stream(shape_of(c, sms, true), t, stream);
                    }});
-  all.push_back({"mma.sync", 64,
+  all.push_back({"mma.sync", 64, kMaxTokens,
                  [=](const GemmCase& c, bool) { return q4_gemm_config_portable(shape_of(c, sms, false)); }});
   return all;
 }
@@ -218,7 +224,7 @@ int run(Mode mode, bool fork_allowed, std::vector<int64_t> counts) {
   int bad = 0;
   const auto climb = [&](const Rung& rung) {
     std::printf("ladder %-18s error/bound:", rung.name.c_str());
-    const bool ok = ladder(rung.config, rung.columns, few) == 0;
+    const bool ok = ladder(rung.config, rung.columns, rung.most, few) == 0;
     std::printf(ok ? "  ok\n" : "  FAILED\n");
     return ok;
   };

@@ -136,7 +136,7 @@ inline std::vector<Q4GemmConfig> cuts(const Q4GemmShape& shape) {
       if (all.back().splits < splits) all.pop_back();
     }
   }
-  if (tokens <= 2 * kQ4GemmFewTokens) all.push_back(q4_gemm_config_few(shape));
+  if (tokens <= kQ4GemmFewTokens) all.push_back(q4_gemm_config_few(shape));
   for (const Q4GemmTile& t : kQ4GemmStreamTiles) {
     if (t.columns > 2 * tokens) continue;
     for (bool stream : {false, true}) {

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "kernels/linear_q4_gemm_schedule.h"
@@ -103,7 +104,9 @@ TEST_CASE("q4_gemm_config: every unit of work is dealt once, for every tile and 
     check_schedule(s, q4_gemm_config_stream(s, tile, i % 2));
     const Q4GemmTile split = kQ4GemmSplitTiles[r() % std::size(kQ4GemmSplitTiles)];
     check_split(s, q4_gemm_config_split(s, split, 1 + int(r() % 8)), split.rows);
-    check_few(s, q4_gemm_config_few(s));
+    Q4GemmShape few = s;
+    few.tokens = 1 + s.tokens % kQ4GemmFewTokens;
+    check_few(few, q4_gemm_config_few(few));
   }
 }
 
@@ -136,6 +139,7 @@ TEST_CASE("q4_gemm_config: the choice") {
   Q4GemmShape old = shape(64, 4096, 4096);
   old.hopper = false;
   CHECK(q4_gemm_config(old).kernel == Q4GemmKernel::kPortable);
+  CHECK_THROWS_AS(q4_gemm_config_few(shape(kQ4GemmFewTokens + 1, 4096, 4096)), std::logic_error);
 }
 
 TEST_CASE("q4_gemm_config_portable: parts of K are not empty, counters fit") {
