@@ -164,7 +164,6 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, i
   Q4GemmPart part;
   float acc[T::kBlocks][T::kRegs];
   while (schedule.next(part)) {
-    me.multiply(part.end - part.begin, acc);
     const int row0 = (part.row_block * T::kCluster + rank) * T::kRows + me.group * T::kBlocks * 64;
     const int token0 = part.column_block * T::kColumns;
     Q4DrainPlace at{row0,
@@ -174,20 +173,23 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, i
                     uint32_t(me.warp),
                     uint32_t(me.lane),
                     shared_address(buffer),
-                    places};
+                    shared_address(places)};
     at.pin();
     if (part.begin == 0 && p.drain) {
+      at.sync();  // the tile before has left
       if (p.sink.output == Q4GemmOutput::kRopeKv) {
-        at.sync();  // the places of the tile before are read
 #pragma unroll
         for (int i = me.thread; i < T::kColumns; i += 128)
-          places[i] = token0 + i < p.sink.tokens
-                          ? make_int2(p.sink.position[token0 + i], p.sink.sequence[token0 + i])
-                          : make_int2(0, 0);
+          places[i] =
+              token0 + i < p.sink.tokens
+                  ? make_int2(p.sink.position[token0 + i],
+                              int(p.sink.sequence[token0 + i] * p.sink.ctx) + p.sink.position[token0 + i])
+                  : make_int2(0, 0);
         at.sync();
       }
       q4_drain_begin<T>(p.sink, at);
     }
+    me.multiply(part.end - part.begin, acc);
     me.finish(acc);
     if (part.begin > 0) {
       publish_part<T>(p, v, rank, me, acc);

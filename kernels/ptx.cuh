@@ -162,6 +162,11 @@ __device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint32
 #endif
 }
 
+// 16 bytes to global memory, by a pointer whose kind the compiler does not know.
+__device__ inline void store_global_16(void* to, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 // Brings a line to the L2 cache.
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // A barrier of some warps of a block.
