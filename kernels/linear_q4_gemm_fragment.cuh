@@ -6,14 +6,17 @@
 
 namespace q4s {
 
-// Weights of one lane: a word of Q4 tiles -> the A fragment of 16 rows x 16 columns, fp16(scale * (q - zero)).
-// `scale` and `half` are {row g, row g+8}: the scale twice, and scale/2 (grid kHalf) or 0 twice.
+// Weights of one lane: a word of Q4 tiles -> the A fragment of 16 rows x 16 columns, fp16(scale * (q -
+// zero)). `scale` and `half` are {row g, row g+8}: the scale twice, and scale/2 (grid kHalf) or 0 twice.
 struct Q4Fragment {
   __half2 scale[2], half[2];
 
   __device__ void set(const __half* row, bool half_grid) {  // row g of a 16-row column of scales
-    scale[0] = __half2half2(row[0]);
-    scale[1] = __half2half2(row[8]);
+    set(row[0], row[8], half_grid);
+  }
+  __device__ void set(__half low, __half high, bool half_grid) {  // of rows g and g+8
+    scale[0] = __half2half2(low);
+    scale[1] = __half2half2(high);
     const __half2 h = __float2half2_rn(half_grid ? 0.5f : 0.f);
     half[0] = __hmul2(scale[0], h);
     half[1] = __hmul2(scale[1], h);
@@ -28,7 +31,8 @@ struct Q4Fragment {
       asm("lop3.b32 %0, %1, %2, %3, 0xea;"
           : "=r"(bits)
           : "r"(i < 2 ? word : word >> 8), "r"(high ? 0x00f000f0u : 0x000f000fu), "r"(base));
-      const __half2 q = __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(offset));
+      const __half2 q =
+          __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(offset));
       const __half2 w = __hfma2(q, scale[high], half[high]);
       a[i] = reinterpret_cast<const uint32_t&>(w);
     }

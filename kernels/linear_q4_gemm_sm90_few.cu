@@ -4,7 +4,8 @@
 // a run of 16-row tiles, each of its blocks half of K. Twelve warps multiply by mma.sync, which waits for no
 // other warp: each takes a tile of rows, and every second or third unit of K where there are few tiles. Codes
 // enter the tensor core as the integers they are, and the sums of a group are scaled. Parts of a sum are
-// pushed to the block that adds them, in a fixed order, where warps of their own take them to their place.
+// pushed to the block that adds them, in a fixed order. The product after it starts when this one has asked
+// for nearly all of its weights.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_sm90_few_multiply.cuh"
 #include "kernels/linear_q4_gemm_sm90_few_sink.cuh"
@@ -12,7 +13,8 @@
 namespace q4s {
 namespace {
 
-// Warps: those that multiply, one that asks for weights, one for activations, those that take sums away.
+// Warps: those that multiply, one that asks for weights, one for activations, those that take sums away which
+// the first cannot.
 constexpr int kMultiply = kQ4FewMultiply, kSinkWarp = kMultiply + 2;
 template <Q4GemmOutput kOutput>
 constexpr int kThreads = (kSinkWarp + Q4FewHalf<kOutput>::kSinkWarps) * 32;
@@ -30,6 +32,9 @@ struct Params {
 
 using namespace hopper;
 constexpr int kWeightWarp = kMultiply, kXWarp = kMultiply + 1;
+// Units a block has still to ask for when the next product may start. Its ring fills while this one's last
+// sums are made and go to their place, and memory would rest; earlier, the two would only delay each other.
+constexpr int kStartNext = 6;
 
 // What a block does, in order: bands of row tiles; of each, units of K. Blocks begin at different places of
 // their part: all at once, they would ask the second cache for the same lines of activations.
@@ -67,7 +72,7 @@ struct Cursor {
 // goes with the number of boxes.
 __device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4Maps& maps, const Work& work,
                                 const Cursor& at) {
-  const uint32_t full = sh.full_w + at.stage * 8;
+  const uint32_t full = sh.full + at.stage * 8;
   barrier_arrive_expect(full, uint32_t(sh.l.w_bytes + sh.l.band * p.operands.box_groups * 32));
   const int k_tile = work.unit(at.i) * kQ4UnitTiles, row = work.band(at.band);
   const int group = p.operands.tile_groups ? int(__umulhi(uint32_t(k_tile), p.operands.tile_groups))
@@ -79,7 +84,7 @@ __device__ void ask_for_weights(const Q4FewShared& sh, const Params& p, const Q4
 __device__ void ask_for_activations(const Q4FewShared& sh, const Q4Maps& maps, const Work& work) {
   for (Cursor at(work); at.band < work.bands; at.next(work, sh.l.stages)) {
     barrier_wait(sh.empty + at.stage * 8, at.parity ^ 1);
-    const uint32_t full = sh.full_x + at.stage * 8;
+    const uint32_t full = sh.full + at.stage * 8;
     barrier_arrive_expect(full, kQ4FewXBytes);
 #pragma unroll
     for (int tile = 0; tile < kQ4UnitTiles; ++tile)
@@ -100,7 +105,10 @@ __device__ void multiply(const Q4FewShared& sh, const Params& p, const Work& wor
     // All at the same band: a warp without work in the last one is not a turn of the ring ahead.
     if (b > 0) named_barrier(1, kMultiply * 32);
     const int tiles = work.tiles(b), ways = q4_few_ways(tiles), row = me.warp % tiles, way = me.warp / tiles;
-    if (way >= ways) continue;
+    if (way >= ways) {
+      barrier_wait(sh.empty_sums, parity);  // as the others: the sums before have been there
+      continue;
+    }
     const uint32_t u = u0 + way, turns = u / sh.l.stages, weight = row == 0 ? kQ4FewBand + 1 - tiles : 1;
     float acc[2][4];
     if (p.scale_sums)
@@ -115,24 +123,33 @@ __device__ void multiply(const Q4FewShared& sh, const Params& p, const Work& wor
   }
 }
 
-// The sums that this block adds, to their place: 16 rows x 8 tokens a warp at a time, always the same tokens.
+// The sums that this block adds, to their place: 16 rows x 8 tokens a warp at a time. Those of the last band
+// by the warps that multiplied, which have nothing else to do then; but where there are few rows, all by
+// warps that fetch the residual meanwhile.
 template <Q4GemmOutput kOutput>
-__device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& work) {
-  constexpr int kSinkWarps = Q4FewHalf<kOutput>::kSinkWarps;
-  const int warp = int(threadIdx.x) / 32 - kSinkWarp, lane = int(threadIdx.x) % 32;
-  uint32_t parity = 0;
-  const Q4FewSink<kOutput> sink(p.sink, p.handover, lane, work.rank * 8,
-                                warp == 0 && blockIdx.x < kQ4FewParts);
+__device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& work, int warp, int lane) {
+  using Half = Q4FewHalf<kOutput>;
+  const bool multiplied = warp < kMultiply;
+  if (warp == kSinkWarp) {
+    Q4FewSink<kOutput>::prepare(p.sink, p.handover, sh.state(), lane, work.rank * 8,
+                                blockIdx.x < kQ4FewParts);
+    barrier_arrive(sh.ready);  // every lane for what it wrote
+  }
+  barrier_wait(sh.ready, 0);
+  const Q4FewSink<kOutput> sink(p.sink, sh.state(), lane, work.rank * 8);
+  const int from = multiplied ? warp : warp - kSinkWarp, step = multiplied ? kMultiply : Half::kSinkWarps;
 #pragma unroll 1
-  for (int b = 0; b < work.bands; ++b, parity ^= 1) {
+  for (int b = multiplied ? work.bands - 1 : 0; b < work.bands; ++b) {
     const int first = work.band(b), tiles = work.tiles(b), parts = kQ4FewParts * q4_few_ways(tiles);
-    if (warp == 0 && lane == 0) barrier_arrive_expect(sh.full_sums, parts * tiles * 512);
-    auto next = sink.fetch(p.sink, p.handover, first + min(warp, tiles - 1));
-    barrier_wait(sh.full_sums, parity);
+    const bool last = b + 1 == work.bands;
+    if (warp == kSinkWarp && lane == 0) barrier_arrive_expect(sh.full_sums, parts * tiles * 512);
+    if (Half::kMultipliersSink && last && !multiplied) return;
+    auto next = sink.fetch(p.sink, p.handover, first + min(from, tiles - 1));
+    barrier_wait(sh.full_sums, b & 1);
 #pragma unroll 1
-    for (int row = warp; row < tiles; row += kSinkWarps) {
+    for (int row = from; row < tiles; row += step) {
       const auto ahead = next;
-      if (row + kSinkWarps < tiles) next = sink.fetch(p.sink, p.handover, first + row + kSinkWarps);
+      if (row + step < tiles) next = sink.fetch(p.sink, p.handover, first + row + step);
       float4 sum = make_float4(0, 0, 0, 0);
       for (int part = 0; part < parts; ++part) {
         const uint4 v = load_shared(sh.sums + (part * tiles + row) * 512 + lane * 16);
@@ -141,6 +158,7 @@ __device__ void take_away(const Q4FewShared& sh, const Params& p, const Work& wo
       }
       sink.finish(p.sink, p.handover, first + row, ahead, sum);
     }
+    if (last) return;
     __syncwarp();
     if (lane < kQ4FewParts) barrier_arrive_remote(sh.empty_sums, lane);
   }
@@ -153,7 +171,6 @@ __global__ void __maxnreg__(kQ4FewRegisters)
     q4_gemm_few_kernel(const __grid_constant__ Q4Maps maps, const __grid_constant__ Params p) {
 #if Q4S_SM90A
   extern __shared__ __align__(1024) uint8_t raw[];
-  pdl_trigger();
   const Q4FewShared sh(p.layout, raw);
   if (threadIdx.x < 32) sh.init(int(threadIdx.x), kQ4FewParts * Q4FewHalf<kOutput>::kSinkWarps);
   __syncthreads();
@@ -164,30 +181,36 @@ __global__ void __maxnreg__(kQ4FewRegisters)
   // The first ring full of weights. No warp may wait for the cluster only after something that depends on a
   // warp behind that wait: the sanitizer's racecheck lets none of a block pass before all have come.
   Cursor weights(work);
+  int left = work.bands * work.units - kStartNext;
+  const auto ask = [&] {
+    ask_for_weights(sh, p, maps, work, weights);
+    weights.next(work, sh.l.stages);
+    if (--left == 0) pdl_trigger();
+  };
   if (warp == kXWarp && first_lane) tma_prefetch_map(&maps.x);
   if (warp == kWeightWarp && first_lane) {
+    if (left <= 0) pdl_trigger();
     tma_prefetch_map(&maps.w), tma_prefetch_map(&maps.s);
-    for (int i = 0; i < sh.l.stages && weights.band < work.bands; ++i, weights.next(work, sh.l.stages))
-      ask_for_weights(sh, p, maps, work, weights);
+    for (int i = 0; i < sh.l.stages && weights.band < work.bands; ++i) ask();
   }
   __syncwarp();
   cluster_wait();  // the other block's barriers exist
-  if (warp < kMultiply) {
-    multiply(sh, p, work);
-  } else if (warp >= kSinkWarp) {
-    pdl_wait();
-    take_away<kOutput>(sh, p, work);
+  if (warp < kMultiply || warp >= kSinkWarp) {
+    if (warp < kMultiply) multiply(sh, p, work);
+    if (warp >= kSinkWarp || Q4FewHalf<kOutput>::kMultipliersSink) {
+      pdl_wait();
+      take_away<kOutput>(sh, p, work, warp, int(threadIdx.x) % 32);
+    }
   } else if (warp == kWeightWarp && first_lane) {
-    for (; weights.band < work.bands; weights.next(work, sh.l.stages)) {
+    while (weights.band < work.bands) {
       barrier_wait(sh.empty + weights.stage * 8, weights.parity ^ 1);
-      ask_for_weights(sh, p, maps, work, weights);
+      ask();
     }
   } else if (warp == kXWarp && first_lane) {
     pdl_wait();
     ask_for_activations(sh, maps, work);
   }
-  __syncwarp();
-  cluster_meet();  // the other block still sends to this one's memory
+  // All that the other block sends here has been waited for.
 #endif
 }
 

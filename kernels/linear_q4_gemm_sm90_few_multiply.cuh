@@ -29,20 +29,29 @@ Q4S_HOST_DEVICE constexpr int q4_few_ways(int tiles) {
 constexpr int kQ4FewRegisters = 56;  // of a thread; a quarter of a multiprocessor has 16384, for 7 to 9 warps
 template <Q4GemmOutput kOutput>
 struct Q4FewHalf {
-  static constexpr int kSinkWarps = 2;  // 16 in all
+  static constexpr int kSinkWarps = 2;            // 16 in all
+  static constexpr bool kMultipliersSink = true;  // the last band's sums
   static constexpr int kSharedBytes = 116 * 1024;
 };
 template <>
 struct Q4FewHalf<Q4GemmOutput::kStore> {
   static constexpr int kSinkWarps = 6;  // 20
+  static constexpr bool kMultipliersSink = false;
   static constexpr int kSharedBytes = 110 * 1024;
 };
 
+// Of a block's 8 tokens, for those who take sums to their place.
+struct Q4FewState {
+  float factor[8];
+  int position[8], sequence[8];
+};
+
 // A block's shared memory: a ring of stages, each a unit of K: activations, weights of a band and their
-// scales; parts of sums; barriers. Offsets in bytes.
+// scales; parts of sums; barriers and Q4FewState. Offsets in bytes.
+constexpr int kQ4FewStages = 16;  // most of a ring
 struct Q4FewLayout {
   int band, stages;
-  int w, w_bytes, s, s_bytes, sums, barriers;
+  int w, w_bytes, s, s_bytes, sums, barriers, state;
 };
 inline Q4FewLayout q4_few_layout(int tiles, int box_groups, int bytes) {  // tiles: most of a cluster
   Q4FewLayout l;
@@ -50,13 +59,16 @@ inline Q4FewLayout q4_few_layout(int tiles, int box_groups, int bytes) {  // til
     l.band = int(ceil_div(tiles, bands));
     l.w_bytes = l.band * kQ4FewRowBytes;
     l.s_bytes = int(round_up(l.band * box_groups * 32, 128));
-    const int sums = kQ4FewParts * kQ4FewMultiply * 512, limit = bytes - sums - 512;
-    l.stages = std::min(limit / (kQ4FewXBytes + l.w_bytes + l.s_bytes), 16) / kQ4FewRing * kQ4FewRing;
+    constexpr int kSums = kQ4FewParts * kQ4FewMultiply * 512, kBarriers = (2 * kQ4FewStages + 3) * 8;
+    const int limit = bytes - kSums - kBarriers - int(sizeof(Q4FewState));
+    l.stages =
+        std::min(limit / (kQ4FewXBytes + l.w_bytes + l.s_bytes), kQ4FewStages) / kQ4FewRing * kQ4FewRing;
     if (l.stages == 0) continue;
     l.w = l.stages * kQ4FewXBytes;
     l.s = l.w + l.stages * l.w_bytes;
     l.sums = l.s + l.stages * l.s_bytes;
-    l.barriers = l.sums + sums;
+    l.barriers = l.sums + kSums;
+    l.state = l.barriers + kBarriers;
     return l;
   }
 }
@@ -66,25 +78,26 @@ inline Q4FewLayout q4_few_layout(int tiles, int box_groups, int bytes) {  // til
 struct Q4FewShared {
   const Q4FewLayout& l;
   const uint8_t* base;
-  uint32_t x, sums, full_w, full_x, empty, full_sums, empty_sums;
+  uint32_t x, sums, full, empty, full_sums, empty_sums, ready;
   __device__ Q4FewShared(const Q4FewLayout& layout, const uint8_t* b) : l(layout), base(b) {
     x = shared_address(b);
     sums = x + l.sums;
-    full_w = x + l.barriers;
-    full_x = full_w + l.stages * 8;
-    empty = full_x + l.stages * 8;
+    full = x + l.barriers;
+    empty = full + l.stages * 8;
     full_sums = empty + l.stages * 8;
     empty_sums = full_sums + 8;
+    ready = empty_sums + 8;
   }
-  // By one warp; a barrier of all must follow. A stage is released kQ4FewBand times, the sums by every warp
-  // that takes some.
+  // By one warp; a barrier of all must follow. A stage is filled by two, its weights and its activations, and
+  // released kQ4FewBand times; the sums are by every warp that takes some while more are to come.
   __device__ void init(int lane, uint32_t sinks) const {
     using hopper::barrier_init;
-    if (lane < l.stages)
-      barrier_init(full_w + lane * 8, 1), barrier_init(full_x + lane * 8, 1),
-          barrier_init(empty + lane * 8, kQ4FewBand);
-    if (lane == 0) barrier_init(full_sums, 1), barrier_init(empty_sums, sinks);
+    if (lane < l.stages) barrier_init(full + lane * 8, 2), barrier_init(empty + lane * 8, kQ4FewBand);
+    if (lane == 0) barrier_init(full_sums, 1), barrier_init(empty_sums, sinks), barrier_init(ready, 32);
     hopper::barrier_init_fence();
+  }
+  __device__ Q4FewState& state() const {
+    return *reinterpret_cast<Q4FewState*>(const_cast<uint8_t*>(base) + l.state);
   }
 };
 
@@ -125,52 +138,59 @@ struct Q4FewMultiplier {
 #pragma unroll
     for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0;
     const uint32_t words_at = sh.x + sh.l.w + row * kQ4FewRowBytes + lane * 16;
-    const __half* scales_at =
-        reinterpret_cast<const __half*>(sh.base + sh.l.s) + row * p.box_groups * 16 + lane / 4;
+    const uint32_t scales_at = sh.x + sh.l.s + row * p.box_groups * 32 + lane / 4 * 2;
+    bool there = false;
     for (int unit = 0; unit < units; unit += ways) {
-      hopper::barrier_wait(sh.full_w + stage * 8, parity);
-      const uint32_t words = words_at + stage * sh.l.w_bytes;
+      const int now = stage;
+      if (!there) hopper::barrier_wait(sh.full + now * 8, parity);
+      const uint32_t x = sh.x + now * kQ4FewXBytes, words = words_at + now * sh.l.w_bytes,
+                     scales = scales_at + now * sh.l.s_bytes;
       const uint4 loaded[2] = {hopper::load_shared(words), hopper::load_shared(words + kQ4TileBytes)};
-      const __half* scales = scales_at + stage * (sh.l.s_bytes / 2);
-      hopper::barrier_wait(sh.full_x + stage * 8, parity);
-      const uint32_t x = sh.x + stage * kQ4FewXBytes;
+      uint32_t b[4];
+      load_matrices<false>(b, x + at_step[0]);
+      const auto scale_of = [&](int group, int half) {
+        return __ushort_as_half(load_shared_2(scales + group * 32 + half * 16));
+      };
       float part[2][4], scale[2];
       Q4Fragment f;
       if constexpr (kScaleSums)
-        scale[0] = __half2float(scales[0]), scale[1] = __half2float(scales[8]);
+        scale[0] = __half2float(scale_of(0, 0)), scale[1] = __half2float(scale_of(0, 1));
       else
-        f.set(scales, p.half_grid);
+        f.set(scale_of(0, 0), scale_of(0, 1), p.half_grid);
+      // The answer takes as long as a load.
+      if ((stage += ways) >= sh.l.stages) stage -= sh.l.stages, parity ^= 1;
+      there = hopper::barrier_test(sh.full + stage * 8, parity);
 #pragma unroll
       for (int t = 0; t < kQ4UnitTiles; ++t) {
         const uint32_t word[4] = {loaded[t].x, loaded[t].y, loaded[t].z, loaded[t].w};
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          uint32_t a[4], b[4];
-          load_matrices<false>(b, x + at_step[s] + t * kQ4FewXTileBytes);
+          const uint32_t at[4] = {b[0], b[1], b[2], b[3]};
+          const int next = t * 4 + s + 1;
+          if (next < 8) load_matrices<false>(b, x + at_step[next % 4] + next / 4 * kQ4FewXTileBytes);
+          uint32_t a[4];
           if constexpr (kScaleSums) {
             q4_integers(word[s], a);
-            if (t == 0 && s == 0) {
-              hopper::mma_fresh(part[0], a, b[0], b[1]);
-              hopper::mma_fresh(part[1], a, b[2], b[3]);
-            } else {
-              mma_16816(part[0], a, b[0], b[1]);
-              mma_16816(part[1], a, b[2], b[3]);
-            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              if (next == 1)
+                hopper::mma_fresh(part[j], a, at[2 * j], at[2 * j + 1]);
+              else
+                mma_16816(part[j], a, at[2 * j], at[2 * j + 1]);
           } else {
-            if (t > 0 && s == 0 && p.fine > 0) f.set(scales + p.fine * 16, p.half_grid);
-            if (s == 2 && p.fine > 1) f.set(scales + (t * 2 + 1) * 16, p.half_grid);
+            if (t > 0 && s == 0 && p.fine > 0) f.set(scale_of(p.fine, 0), scale_of(p.fine, 1), p.half_grid);
+            if (s == 2 && p.fine > 1) f.set(scale_of(t * 2 + 1, 0), scale_of(t * 2 + 1, 1), p.half_grid);
             f.unpack(word[s], a);
-            mma_16816(acc[0], a, b[0], b[1]);
-            mma_16816(acc[1], a, b[2], b[3]);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) mma_16816(acc[j], a, at[2 * j], at[2 * j + 1]);
           }
         }
       }
       __syncwarp();
-      if (lane == 0) hopper::barrier_arrive(sh.empty + stage * 8, weight);
+      if (lane == 0) hopper::barrier_arrive(sh.empty + now * 8, weight);
       if constexpr (kScaleSums)
 #pragma unroll
         for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] += scale[i % 4 / 2] * part[i / 4][i % 4];
-      if ((stage += ways) >= sh.l.stages) stage -= sh.l.stages, parity ^= 1;
     }
   }
 };

@@ -2,6 +2,7 @@
 // to their place. What comes from memory for them is fetched, and where they go is found, before they exist.
 #pragma once
 #include "kernels/linear_q4_gemm_epilogue.cuh"
+#include "kernels/linear_q4_gemm_sm90_few_multiply.cuh"
 
 namespace q4s {
 
@@ -37,20 +38,25 @@ class Q4FewSink {
     float v[4], gain[2];  // the residual, or cosine and sine of two tokens; of a maker of the stream
   };
 
-  // writes: one warp of all of these tokens does what is done once.
-  __device__ Q4FewSink(const Q4GemmSink& s, const Q4FewHandover& h, int lane, int token0, bool writes)
+  // By one warp, before any constructs one of these: what all have in common, of 8 tokens from token0 on.
+  // writes: in one block of all of these tokens, which does what is done once.
+  __device__ static void prepare(const Q4GemmSink& s, const Q4FewHandover& h, Q4FewState& state, int lane,
+                                 int token0, bool writes) {
+    const int token = token0 + lane;
+    if (kRope && lane < 8 && token < s.tokens)
+      state.position[lane] = s.position[token], state.sequence[lane] = s.sequence[token];
+    if (h.read_squares) find_factor(h, state, lane, token0, writes);
+    if (kStore && h.gain && lane < 8) state.factor[lane] = __ldcg(h.guess + token);
+  }
+  __device__ Q4FewSink(const Q4GemmSink& s, const Q4FewState& state, int lane, int token0)
       : g_(lane / 4), token_(token0 + lane % 4 * 2) {
-    if constexpr (kRope)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (token_ + e >= s.tokens) continue;
-        position_[e] = s.position[token_ + e];
-        cache_[e] = (s.sequence[token_ + e] * s.ctx + position_[e]) * (s.kv_heads * s.head_dim);
-      }
-    if (h.read_squares) find_factor(h, writes);
-    if (kStore && h.gain) {
-      const float2 guess = __ldcg(reinterpret_cast<const float2*>(h.guess + token_));
-      factor_[0] = guess.x, factor_[1] = guess.y;
+    for (int e = 0; e < 2; ++e) {
+      const int i = lane % 4 * 2 + e;
+      factor_[e] = state.factor[i];
+      if (!kRope || token_ + e >= s.tokens) continue;
+      position_[e] = state.position[i];
+      cache_[e] = (state.sequence[i] * s.ctx + position_[e]) * (s.kv_heads * s.head_dim);
     }
   }
   // What a tile needs beside its sums.
@@ -132,26 +138,25 @@ class Q4FewSink {
 #pragma unroll
       for (int e = 0; e < 2; ++e) v[e] += __shfl_xor_sync(0xffffffffu, v[e], offset);
   }
-  // What the sums of the lane's tokens are to be multiplied by.
-  __device__ void find_factor(const Q4FewHandover& h, bool writes) {
+  // What the sums of each token are to be multiplied by. Its loads go together, since each waits behind all
+  // the weights that are on their way.
+  __device__ static void find_factor(const Q4FewHandover& h, Q4FewState& state, int lane, int token0,
+                                     bool writes) {
     float sum[2] = {};
-    const float2* const from = reinterpret_cast<const float2*>(h.read_squares + token_);
-#pragma unroll 4
-    for (int tile = g_; tile < h.read_tiles; tile += 8) {
+    const float2* const from = reinterpret_cast<const float2*>(h.read_squares + token0 + lane % 4 * 2);
+#pragma unroll 16
+    for (int tile = lane / 4; tile < h.read_tiles; tile += 8) {
       const float2 v = __ldcg(from + tile * (kQ4GemmFewTokens / 2));
       sum[0] += v.x, sum[1] += v.y;
     }
     add_rows(sum);
-    const float2 guess = __ldcg(reinterpret_cast<const float2*>(h.read_guess + token_));
-    float next[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      // A stream that is not finite stays so, though its fp16 values are clamped.
-      const float mean = sum[e] * h.inverse_k, factor = mean < INFINITY ? 1.f / sqrtf(mean + h.eps) : NAN;
-      next[e] = factor * kQ4GemmHeadroom;
-      factor_[e] = factor / (e ? guess.y : guess.x);
-    }
-    if (writes && g_ == 0) *reinterpret_cast<float2*>(h.next_guess + token_) = make_float2(next[0], next[1]);
+    if (lane >= 8) return;
+    const int i = lane % 4 * 2 + lane / 4;
+    // A stream that is not finite stays so, though its fp16 values are clamped.
+    const float mean = (lane / 4 ? sum[1] : sum[0]) * h.inverse_k,
+                factor = mean < INFINITY ? 1.f / sqrtf(mean + h.eps) : NAN;
+    state.factor[i] = factor / __ldcg(h.read_guess + token0 + i);
+    if (writes) h.next_guess[token0 + i] = factor * kQ4GemmHeadroom;
   }
 
   int g_, token_, position_[2] = {};
