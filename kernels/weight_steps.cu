@@ -187,8 +187,9 @@ void gptq_pack_cuda(const uint8_t* codes, uint8_t* out, int64_t n, int64_t k, in
 void shape_cuda(const float* w, int64_t count, int pass, double mean, double sd, ShapeSums* pieces,
                 cudaStream_t stream) {
   if (count == 0) return;
-  launch("shape", shape_kernel, unsigned(ceil_div(count, kShapePiece)), kThreads, 0, 1, false, stream, w,
-         count, pass, mean, sd, pieces);
+  const unsigned blocks = unsigned(ceil_div(count, kShapePiece));
+  cuda_check(cudaMemsetAsync(pieces, 0, blocks * sizeof *pieces, stream), "shape");
+  launch("shape", shape_kernel, blocks, kThreads, 0, 1, false, stream, w, count, pass, mean, sd, pieces);
 }
 
 }  // namespace q4s

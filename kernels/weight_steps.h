@@ -26,7 +26,8 @@ void gptq_values_cuda(const GptqRoundArgs&, float* out, cudaStream_t);
 void gptq_pack_cuda(const uint8_t* codes, uint8_t* out, int64_t n, int64_t k, int bits, cudaStream_t);
 
 // Sums over one piece of kShapePiece weights, for the moments and the histogram of all. Which are filled
-// depends on the pass: 0 low, high, m1; 1 m2, m3, m4 of x - mean; 2 bins of (x - mean) / sd over -4..4.
+// depends on the pass, the others are 0: 0 low, high, m1; 1 m2, m3, m4 of x - mean; 2 bins of (x - mean) / sd
+// over -4..4.
 constexpr int64_t kShapePiece = 1 << 16;
 constexpr int kShapeBins = 64;
 struct ShapeSums {

@@ -4,22 +4,15 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <span>
 #include <vector>
 
 #include "doctest/doctest.h"
 #include "kernels/cuda_check.h"
+#include "tests/quick.h"
 
 namespace q4s {
-
-// Environment Q4S_QUICK: 1, fewer and smaller cases; 2, as few as meet every path, for sanitizers that take
-// seconds for a kernel that waits for others.
-inline int quick() {
-  const char* value = std::getenv("Q4S_QUICK");
-  return value ? std::atoi(value) : 0;
-}
 
 // Ends a test case where there is no device.
 inline bool no_device() {

@@ -13,6 +13,7 @@
 #include "models/perplexity.h"
 #include "models/session.h"
 #include "runtime/error.h"
+#include "tests/quick.h"
 
 using namespace q4s;
 
@@ -105,7 +106,7 @@ std::vector<Shape> shapes() {
       {"wide groups", config(320, 700, 2, 8, 2, 48, 300, false), 1 << 20, Format::kF16},
       {"dense", config(192, 344, 2, 6, 2, 32, 300, false), 0, Format::kF16, true},
   };
-  if (std::getenv("Q4S_QUICK")) all.resize(2);
+  if (quick() > 0) all.resize(2);
   return all;
 }
 LlamaModel make(const Shape& s) {
@@ -135,7 +136,7 @@ TEST_CASE("cuda: models against exact weights on the CPU, for steps of every siz
     LlamaModel m = make(shape), exact = make(shape);
     expand(exact);
     Session reference(exact, cpu(), {.ctx = 320, .chunk = 64, .kv = KvType::kF32});
-    const auto tokens = some_tokens(300, shape.config.vocab);
+    const auto tokens = some_tokens(quick() > 1 ? 20 : 300, shape.config.vocab);
     const LogitRows want = all_logits(reference, tokens);
     LogitRows first;
     for (const int64_t chunk : {1, 5, 16, 40, 300}) {
@@ -160,6 +161,7 @@ TEST_CASE("cuda: models against exact weights on the CPU, for steps of every siz
 
 TEST_CASE("cuda: perplexity and divergence are those of the same logits on the host") {
   if (!cuda()) return;
+  const int64_t ctx = quick() > 1 ? 40 : 300;
   for (const Shape& shape : shapes())
     for (const PplProtocol protocol : {PplProtocol::kGptq, PplProtocol::kLlamaCpp}) {
       CAPTURE(shape.name);
@@ -167,18 +169,19 @@ TEST_CASE("cuda: perplexity and divergence are those of the same logits on the h
       other.weights.final_norm =
           make_weight_f32("final_norm", 1, m.config.dim, std::vector<float>(size_t(m.config.dim), 1.1f));
       const PplText text{.protocol = protocol,
-                         .ctx = 301,
+                         .ctx = ctx + 1,
                          .chunks = 2,
-                         .tokens = some_tokens(602, shape.config.vocab),
+                         .tokens = some_tokens(2 * (ctx + 1), shape.config.vocab),
                          .bos = "none",
                          .hash = 0};
-      Session s(m, *cuda(), {.ctx = 300}), reference(other, *cuda(), {.ctx = 300});
+      Session s(m, *cuda(), {.ctx = ctx}), reference(other, *cuda(), {.ctx = ctx});
       double nll = 0, ref_nll = 0, kl = 0, same = 0;
       for (int64_t w = 0; w < text.chunks; ++w) {
         const auto window = std::span(text.tokens).subspan(size_t(w * text.ctx), size_t(text.ctx));
         s.truncate(0, 0), reference.truncate(0, 0);
-        const LogitRows q = all_logits(s, window.first(300)), p = all_logits(reference, window.first(300));
-        for (size_t i = size_t(text.first_scored()); i < 300; ++i) {
+        const LogitRows q = all_logits(s, window.first(size_t(ctx))),
+                        p = all_logits(reference, window.first(size_t(ctx)));
+        for (size_t i = size_t(text.first_scored()); i < size_t(ctx); ++i) {
           const LogitComparison c = compare_logits(p[i].data(), q[i].data(), shape.config.vocab);
           nll += c.lse_q - q[i][size_t(window[i + 1])];
           ref_nll += c.lse_p - p[i][size_t(window[i + 1])];
@@ -207,6 +210,7 @@ TEST_CASE("cuda: decoding on the device is stepping with the host's sampler") {
     for (const float temperature : {0.f, 0.9f})
       for (const int top_k : {0, 1, 40, 300})
         for (const float penalty : {1.f, 1.3f}) {
+          if (quick() > 1 && (temperature == 0 || top_k != 40 || penalty == 1)) continue;
           CAPTURE(temperature);
           CAPTURE(top_k);
           CAPTURE(penalty);
@@ -269,10 +273,10 @@ TEST_CASE("cuda: twenty runs give the same bits; other sequences do not change o
     const auto tokens = some_tokens(130, shape.config.vocab);
     LogitRows first;
     std::vector<int32_t> text;
-    for (int run = 0; run < 20; ++run) {
+    for (int run = 0; run < (quick() > 1 ? 2 : 20); ++run) {
       s.truncate(0, 0);
       const LogitRows rows = all_logits(s, tokens);
-      const auto t = greedy(s, 1, 100);
+      const auto t = greedy(s, 1, quick() > 1 ? 10 : 100);
       if (run == 0) first = rows, text = t;
       CHECK(rows == first);
       CHECK(t == text);
@@ -329,8 +333,8 @@ TEST_CASE("cuda: logits that are not finite stop a run and name the position") {
 TEST_CASE("cuda: stories260K writes the golden text") {
   if (!cuda()) return;
   const std::string folder = data_folder();
-  if (folder.empty()) {
-    MESSAGE("SKIPPED: no data folder");
+  if (folder.empty() || quick() > 1) {
+    MESSAGE("SKIPPED: no data folder, or not for a sanitizer");
     return;
   }
   LlamaModel m = open_llama(folder + "/stories260K");

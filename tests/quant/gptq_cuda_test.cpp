@@ -331,7 +331,7 @@ TEST_CASE("cuda gptq: statistics, exact on fp16 inputs, within its rounding on o
 TEST_CASE("cuda gptq: a unit through both solvers, and the same bits twice") {
   if (no_device()) return;
   const std::unique_ptr<Backend> gpu = make_cuda_backend(0), cpu = make_cpu_backend(2);
-  const int64_t n = quick() ? 40 : 200, k = quick() ? 172 : 576, tokens = 2048;
+  const int64_t n = quick() ? 40 : 200, k = quick() ? 172 : 576, tokens = quick() > 1 ? 400 : 2048;
   const auto w = oracle::gaussian(n * k, 21, 0.1f), x = oracle::inputs(tokens, k, 22),
              r = oracle::gaussian(tokens * n, 23);
   auto x_full = x, r_full = r;

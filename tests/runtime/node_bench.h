@@ -1,11 +1,9 @@
 // What the tests of the CUDA backend run its operations on: the definition of every node on host memory
 // (x_cpu), and a bench that runs a node on the device with every buffer between guard words, rows beyond the
 // step's count untouched, and the same bits from a replayed step. Without a GPU cuda() says SKIPPED.
-// Environment Q4S_QUICK=1: few shapes, for the sanitizers.
 #pragma once
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <random>
@@ -20,6 +18,7 @@
 #include "kernels/swiglu.h"
 #include "runtime/backend.h"
 #include "runtime/error.h"
+#include "tests/quick.h"
 
 namespace q4s {
 
@@ -37,8 +36,6 @@ inline Backend* cuda() {
   if (!backend) MESSAGE("SKIPPED: no GPU");
   return backend.get();
 }
-
-inline bool quick() { return std::getenv("Q4S_QUICK") != nullptr; }
 
 // The first few of a list where time is short.
 template <typename T>
