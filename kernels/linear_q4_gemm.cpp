@@ -106,7 +106,7 @@ Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape& s, Q4GemmTile t, bool stre
 
 int q4_gemm_clusters_at_once(int multiprocessors, int blocks) {
   // A cluster stays within a group of multiprocessors, and these differ in size. Asked of an H100.
-  constexpr int kOfH100[kQ4GemmMostSplits] = {132, 66, 39, 30, 22, 17, 15, 15};
+  constexpr int kOfH100[kQ4GemmMostSplits] = {132, 66, 39, 30, 22};
   if (multiprocessors == kOfH100[0]) return kOfH100[blocks - 1];
   return std::max(1, blocks <= 2 ? multiprocessors / blocks : multiprocessors * 7 / 8 / blocks);
 }

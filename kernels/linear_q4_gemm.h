@@ -57,7 +57,7 @@ constexpr Q4GemmTile kQ4GemmStreamTiles[] = {{128, 128, 1}, {128, 256, 2}};
 // Of kSplit, with the most rows.
 constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {192, 32, 1},  {128, 64, 1},
                                             {192, 64, 1}, {128, 128, 1}, {192, 128, 1}};
-constexpr int kQ4GemmMostSplits = 8;  // blocks of a cluster
+constexpr int kQ4GemmMostSplits = 5;  // blocks of a cluster
 constexpr int kQ4GemmFewTokens = 16;  // most that kFew takes
 
 // kStream with one tile; `stream` deals the tiles beyond full waves in parts.

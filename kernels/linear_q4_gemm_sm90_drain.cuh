@@ -41,10 +41,9 @@ struct Q4DrainPlace {
 
 // Two values to the finite range of fp16; what is not a number stays so.
 __device__ inline uint32_t q4_pack_saturated(float low, float high) {
-  uint32_t v = pack_half2(low, high);
-  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0x7bff7bffu));
-  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0xfbfffbffu));
-  return v;
+  uint32_t packed;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
 }
 
 // fp16 values in shared memory: kPieces pieces of 16 bytes a token, shuffled so that 8 tokens meet every

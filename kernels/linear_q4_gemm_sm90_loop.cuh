@@ -26,6 +26,10 @@ struct Q4Operands {
   bool half_grid;
 };
 
+struct Q4Maps {
+  CUtensorMap x, w, s;
+};
+
 // A stage is kStageTiles tiles of K: two where it is small, so that waiting and bookkeeping cost half as
 // much. kReserved bytes of shared memory are for the epilogue. A block may have fewer rows than kRows:
 // Q4Operands::row_tiles.
@@ -79,13 +83,12 @@ struct Q4Shared {
     full = x + T::kBarriers;
     empty = full + T::kStages * 8;
   }
-  // By one thread; a barrier of all must follow.
-  __device__ void init() const {
-    for (int i = 0; i < T::kStages; ++i) {
+  // By `threads` threads; their barrier_init_fence() and a barrier of all must follow.
+  __device__ void init(int thread, int threads) const {
+    for (int i = thread; i < T::kStages; i += threads) {
       hopper::barrier_init(full + i * 8, 1);
       hopper::barrier_init(empty + i * 8, T::kConsumers * 4 * T::kCluster);
     }
-    hopper::barrier_init_fence();
   }
 };
 
@@ -120,30 +123,31 @@ struct Q4Loader {
   }
 };
 
+__device__ inline void q4_prefetch_maps(const Q4Maps& maps) {
+  hopper::tma_prefetch_map(&maps.w);
+  hopper::tma_prefetch_map(&maps.s);
+  hopper::tma_prefetch_map(&maps.x);
+}
+
 // The producer's thread. Cursor: next() steps to the next stage; n_tile(), token0(), k_tile() say what it
-// holds. Weights depend on no kernel before this one: the whole ring of them is on its way before the waits.
-template <class T, class Cursor>
-__device__ void q4_produce(const Q4Loader<T>& load, Cursor weights) {
-  hopper::tma_prefetch_map(&load.map_w);
-  hopper::tma_prefetch_map(&load.map_s);
-  hopper::tma_prefetch_map(&load.map_x);
+// holds. Weights depend on no kernel before this one: those of `early` stages, at most the ring, are on their
+// way before `wait()`, which ends when activations may be read.
+template <class T, class Cursor, class Wait>
+__device__ void q4_produce(const Q4Loader<T>& load, Cursor weights, int early, const Wait& wait) {
   Cursor activations = weights;
+  hopper::RingPosition<T::kStages> at;
   int filled = 0;
-  for (; filled < T::kStages && weights.next(); ++filled)
+  for (; filled < early && weights.next(); ++filled, at.next())
     load.weights(filled, weights.n_tile(), weights.k_tile());
-  if constexpr (T::kCluster > 1) hopper::cluster_wait();  // peers' barriers exist
-  pdl_wait();
+  wait();
   for (int i = 0; i < filled; ++i) {
     activations.next();
     load.activations(i, activations.token0(), activations.k_tile());
   }
-  hopper::RingPosition<T::kStages> at;
-  at.parity = 1;
-  while (filled == T::kStages && weights.next()) {
-    hopper::barrier_wait(load.sh.empty + at.stage * 8, at.parity ^ 1);
+  for (; weights.next(); at.next()) {
+    hopper::barrier_wait(load.sh.empty + at.stage * 8, at.parity ^ 1);  // at once in the first turn
     load.weights(at.stage, weights.n_tile(), weights.k_tile());
     load.activations(at.stage, weights.token0(), weights.k_tile());
-    at.next();
   }
 }
 
@@ -280,9 +284,6 @@ __device__ inline void q4_stage_sums(float* tokens, int warp, int lane, const fl
 
 // ---- host
 // ----------------------------------------------------------------------------------------------------------
-struct Q4Maps {
-  CUtensorMap x, w, s;
-};
 // For tiles of `rows` rows and stages of `stage_tiles` tiles of K; a block loads x_columns tokens at a time.
 Q4Maps q4_gemm_maps(const Q4GemmArgs&, int rows, int x_columns, int stage_tiles, Q4Operands&);
 

@@ -1,23 +1,28 @@
 // The Hopper kernel of linear_q4_gemm.h for few tokens, where each weight is converted for few columns. The
-// blocks of a cluster compute one tile, each a part of K; each then sums a share of the tokens over all of
-// them, straight from their shared memory and in the order of K. One block a multiprocessor, of as many rows
-// as give every block the same work.
+// blocks of a cluster compute one tile, each a part of K, and send their sums to the one that adds them. One
+// block a multiprocessor, of as many rows as give every block the same work.
 #include "kernels/cuda_check.h"
-#include "kernels/linear_q4_gemm_sm90_loop.cuh"
+#include "kernels/linear_q4_gemm_sm90_split_sink.cuh"
 
 namespace q4s {
 namespace {
 
+constexpr int kSumBarrierBytes = 128;
+// Stages whose weights are asked for before an earlier kernel's end. More of them are in each other's way:
+// the first of a block then lands behind the last of the others.
+constexpr int kEarlyStages = 2;
+
 // Up to kRows rows, 64 a warpgroup.
 template <int kRows, int kColumns>
-using Tile = Q4Tile<kRows, kColumns, 1, kQ4UnitTiles, 0, kRows / 64, false>;
+using Tile = Q4Tile<kRows, kColumns, 1, kQ4UnitTiles, kSumBarrierBytes + int(sizeof(int2)) * kColumns,
+                    kRows / 64, false>;
 
 struct Params {
-  Q4GemmSink sink;
   Q4Operands operands;
-  int units, column_blocks, splits, rows;
-  int lanes;         // threads that take one token's rows
-  uint32_t inverse;  // of it, in 2^-32, rounded up: exact for the items of a tile
+  int begin[kQ4GemmMostSplits + 1];  // first units of the parts of K
+  int column_blocks, n_tiles;
+  bool plain, drain;  // as q4_split_plain(); straight from the accumulators
+  Q4GemmSink sink;
 };
 
 #if Q4S_SM90A
@@ -38,105 +43,219 @@ struct Cursor {
   }
 };
 
-__device__ float4 load_remote(uint32_t address, uint32_t rank) {
-  float4 v;
-  asm volatile(
-      "{\n\t.reg .b32 remote;\n\t"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n\t"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n\t}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return v;
-}
-
-// Four neighbouring floats of every block of the cluster, added in the order of K.
-__device__ float4 sum_parts(uint32_t address, int splits) {
-  if (splits == 1) {
-    const uint4 v = load_shared(address);
-    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
-                       __uint_as_float(v.w));
-  }
-  float4 sum = make_float4(0, 0, 0, 0);
-  for (int first = 0; first < splits; first += 4) {
-    float4 v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (first + i < splits) v[i] = load_remote(address, first + i);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (first + i < splits) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
-  }
-  return sum;
-}
-
-// Places of a share of the tokens, dealt over the consumers' threads step by step: rows of a token along
-// threads.
+// What a block has: a part of K of a tile, and of the tile's columns, taken by eights, every splits-th to
+// add.
 template <class T>
-class SharePlaces {
+struct Share {
+  int splits = int(cluster_blocks()), rank = int(cluster_rank());
+  int begin, units, row_block, token0;
+  __device__ void find(const Params& p) {
+    begin = p.begin[rank], units = p.begin[rank + 1] - begin;
+    const int tile = int(cluster_index());
+    row_block = tile, token0 = 0;
+    // Blocks of the same rows and other tokens start together: the weights are read once.
+    if (p.column_blocks > 1)
+      row_block = tile / p.column_blocks, token0 = tile % p.column_blocks * T::kColumns;
+  }
+  __device__ int eights() const { return (T::kColumns / 8 - rank + splits - 1) / splits; }
+};
+
+// Sums of 16 rows x 8 tokens, as they lie in a warp's registers, on their way to the same warp of the block
+// that adds them. Those of other blocks come to stages whose activations are used up, one a warpgroup; its
+// own wait where the warp had its weights.
+template <class T>
+class Exchange {
  public:
-  __device__ SharePlaces(const Params& p, int row0, int token0, int tokens, int rank)
-      : p_(p), row0_(row0), first_(tokens * rank / p.splits) {
-    count_ = tokens * (rank + 1) / p.splits - first_;
-    token0_ = token0 + first_;
+  static constexpr int kBytes = 512;
+  static_assert(T::kStages > T::kConsumers && (T::kConsumers * 4 + 2) * 8 <= kSumBarrierBytes);
+
+  // Barriers: a warp's sums of other blocks are there; all blocks have room for what is sent; places are
+  // known.
+  static __device__ uint32_t landed(const Q4Shared<T>& sh, int warp) { return sh.x + T::kRest + warp * 8; }
+  static __device__ uint32_t open(const Q4Shared<T>& sh) { return landed(sh, T::kConsumers * 4); }
+  static __device__ uint32_t known(const Q4Shared<T>& sh) { return landed(sh, T::kConsumers * 4 + 1); }
+  // (position, row of the cache) of a column.
+  static __device__ uint32_t place(const Q4Shared<T>& sh, int column) {
+    return sh.x + T::kRest + kSumBarrierBytes + column * int(sizeof(int2));
   }
-  __device__ bool any() const { return step_ * batch() * kThreads < count_ * p_.lanes; }
-  __device__ void next() { ++step_; }
-  __device__ Q4SinkPlace operator()(int i) const {
-    const Spot at = spot(i);
-    return {row0_ + at.row, at.token < count_ ? token0_ + at.token : -1};
+  // By one thread of each consumer's warp: an address that differs between lanes would be a loop over them.
+  static __device__ void init(const Q4Shared<T>& sh, int warp, int splits) {
+    barrier_init(landed(sh, warp), 1);
+    if (warp == 0) barrier_init(open(sh), splits);
+    if (warp == 1) barrier_init(known(sh), T::kColumns / 32);
   }
-  // Offset of a place's sums, as q4_stage_sums left them.
-  __device__ int sums(int i) const {
-    const Spot at = spot(i);
-    return (at.row / 64 * T::kColumns + first_ + at.token) * kQ4TokenFloats + q4_row_offset(at.row % 64);
+  // The stages after the last one that a block uses, in the order of the ring, hold none of its last units.
+  static __device__ int stage(int units, int group) { return (units + group) % T::kStages; }
+  // By one thread.
+  static __device__ void open_all(const Q4Shared<T>& sh, const Share<T>& share) {
+    const int last = share.units + T::kConsumers - 1 - T::kStages;  // unit there
+    if (last >= 0) barrier_wait(sh.empty + last % T::kStages * 8, last / T::kStages & 1);
+    for (int i = 0; i < share.splits; ++i) barrier_arrive_remote(open(sh), i);
+  }
+
+  // Before the loop, where nothing waits for it.
+  __device__ Exchange(const Q4Shared<T>& sh, const Params& p, const Share<T>& share, int warp, int lane)
+      : sh_(sh),
+        warp_(warp),
+        lane_(lane),
+        rank_(share.rank),
+        others_(share.splits - 1),
+        count_(share.eights()) {
+    const int to = min(lane, others_);
+    there_ = remote_address(region(p.begin[to + 1] - p.begin[to]) + (rank_ - (rank_ > to)) * kBytes, to);
+    landed_ = remote_address(landed(sh, warp), to);
+    received_ = region(share.units) + lane * 16;
+    own_ = others_ ? sh.w + warp * T::kWRowBytes + lane * 16 : received_;
+    if (lane == 0) barrier_arrive_expect(landed(sh, warp), count_ * others_ * kBytes);
+    asm volatile("" : "+r"(there_), "+r"(landed_), "+r"(received_), "+r"(own_), "+r"(count_));
+  }
+  __device__ int count() const { return count_; }
+  // First column of an eight.
+  __device__ int column(int i) const { return (rank_ + i * (others_ + 1)) * 8; }
+  __device__ void send(const float (&acc)[T::kRegs]) const {
+    constexpr int kEights = T::kColumns / 8, kAtOnce = 4;
+    barrier_wait(open(sh_), 0);
+    int owner[2] = {}, i = 0;
+    uint32_t further = lane_ * 16;
+#pragma unroll
+    for (int first = 0; first < kEights; first += kAtOnce) {
+      // What differs from one receiver to the next is with the lane of its number.
+      uint32_t to[kAtOnce], barrier[kAtOnce];
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        to[e] = __shfl_sync(0xffffffffu, there_, owner[0]) + further;
+        barrier[e] = __shfl_sync(0xffffffffu, landed_, owner[0]);
+        if (owner[0]++ == others_) owner[0] = 0, further += others_ * kBytes;
+      }
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        const float* const c = &acc[4 * (first + e)];
+        const float4 v = {c[0], c[1], c[2], c[3]};
+        if (owner[1] == rank_)
+          store_shared(own(i), v);
+        else
+          store_async(to[e], v, barrier[e]);
+        if (owner[1]++ == others_) owner[1] = 0, ++i;
+      }
+    }
+    barrier_wait(landed(sh_, warp_), 0);
+  }
+  // Its own sum, then the others' in the order of K.
+  __device__ float4 sum(int i) const {
+    const uint32_t from = received_ + i * others_ * kBytes;
+    float4 sum = values(load_shared(own(i)));
+    if (others_ > 0) add(sum, values(load_shared(from)));
+    if (others_ > 1) {
+      float4 v[kQ4GemmMostSplits - 1];
+#pragma unroll
+      for (int r = 1; r < kQ4GemmMostSplits - 1; ++r)
+        if (r < others_) v[r] = values(load_shared(from + r * kBytes));
+#pragma unroll
+      for (int r = 1; r < kQ4GemmMostSplits - 1; ++r)
+        if (r < others_) add(sum, v[r]);
+    }
+    return sum;
   }
 
  private:
-  struct Spot {
-    int token, row;  // of the share, of the tile
-  };
-  static constexpr int kThreads = T::kConsumers * 128;
-  __device__ int batch() const { return p_.sink.output == Q4GemmOutput::kStore ? 4 : 2; }
-  __device__ Spot spot(int i) const {
-    const int item = (step_ * batch() + i) * kThreads + int(threadIdx.x);
-    const int token = int(__umulhi(uint32_t(item), p_.inverse)), lane = item - token * p_.lanes;
-    return {token, p_.sink.output == Q4GemmOutput::kStore ? lane * 4 : lane / 2 * 16 + lane % 2 * 4};
+  static __device__ float4 values(const uint4& v) {
+    return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
   }
-  const Params& p_;
-  int row0_, first_, count_, token0_, step_ = 0;
+  static __device__ void add(float4& sum, const float4& v) {
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  }
+  __device__ uint32_t region(int units) const {
+    return sh_.x + stage(units, warp_ / 4) * T::kXBytes + warp_ % 4 * (T::kXBytes / 4);
+  }
+  __device__ uint32_t own(int i) const {
+    return own_ + i / 2 * (others_ ? T::kWBytes : 2 * kBytes) + i % 2 * kBytes;
+  }
+  const Q4Shared<T>& sh_;
+  int warp_, lane_, rank_, others_, count_;
+  uint32_t there_, landed_;  // of the block of the lane's number: where this one's sums go, and their barrier
+  uint32_t received_, own_;
 };
 
+// By consumers, before the loop.
 template <class T>
-__device__ void consume(const Params& p, const Q4Shared<T>& sh, float* staged, int rank, int units, int row0,
-                        int token0) {
-  Q4Consumer<T> me{sh, p.operands};
-  float acc[T::kBlocks][T::kRegs];
-  me.multiply(units, acc);
-  pdl_wait();  // the producer waited; what follows reads and writes what an earlier kernel may have used
-  // What comes with the sums is asked for two steps ahead.
-  SharePlaces<T> places(p, row0, token0, min(T::kColumns, p.sink.tokens - token0), rank), later = places;
-  Q4SinkBatch batch, next;
-  batch.fetch(p.sink, places);
-  later.next();
-  me.finish(acc);
-  named_barrier(1, T::kConsumers * 128);  // all are done with the ring: its memory takes the sums
-#pragma unroll
-  for (int j = 0; j < T::kColumns / 8; ++j)
-    q4_stage_sums(staged + (me.group * T::kColumns + j * 8) * kQ4TokenFloats, me.warp, me.lane,
-                  &acc[0][j * 4]);
-  if (later.any()) next.fetch(p.sink, later);
-  cluster_sync();
-  const uint32_t base = shared_address(staged);
-  while (places.any()) {
-    batch.finish(p.sink, places, [&](int i, int upper) {
-      return sum_parts(base + 4 * places.sums(i) + 32 * upper, p.splits);
-    });
-    places.next(), later.next();
-    batch = next;
-    if (later.any()) next.fetch(p.sink, later);
+__device__ void note_places(const Q4GemmSink& s, const Q4Shared<T>& sh, int token0) {
+  if (s.output != Q4GemmOutput::kRopeKv || threadIdx.x >= T::kColumns) return;
+  const int token = token0 + int(threadIdx.x);
+  int2 place = {0, 0};
+  if (token < s.tokens) {
+    place.x = s.position[token];
+    place.y = int(s.sequence[token] * s.ctx) + place.x;
   }
-  cluster_meet();  // others may still read this block's sums
+  store_shared(Exchange<T>::place(sh, int(threadIdx.x)), place);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(Exchange<T>::known(sh));
+}
+
+// A warp's rows of the tokens that its block adds to their place. What comes with the sums is asked for
+// before they are exchanged.
+template <Q4GemmOutput kOutput, class T>
+__device__ void finish(const Q4SplitSink<kOutput>& sink, const Exchange<T>& exchange, const Q4Shared<T>& sh,
+                       int token0, const float (&acc)[T::kRegs]) {
+  constexpr int kAhead = T::kColumns < 64 ? 2 : 4;
+  if (kOutput == Q4GemmOutput::kRopeKv) barrier_wait(Exchange<T>::known(sh), 0);
+  const int count = exchange.count();
+  const auto places = [&](int i) { return Exchange<T>::place(sh, exchange.column(i)); };
+  const auto fetch = [&](int i) { return sink.fetch(token0 + exchange.column(i), places(i)); };
+  float4 with[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+    if (i < count) with[i] = fetch(i);
+  exchange.send(acc);
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAhead)
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= count) return;
+      sink.finish(token0 + exchange.column(first + i), places(first + i), with[i], exchange.sum(first + i));
+      if (first + i + kAhead < count) with[i] = fetch(first + i + kAhead);
+    }
+}
+
+template <class T>
+__device__ void consume(const Params& p, const Q4Shared<T>& sh, const Share<T>& share, int warp) {
+  Q4Consumer<T> me{sh, p.operands};
+  const Exchange<T> exchange(sh, p, share, warp, me.lane);
+  const int n_tile = share.row_block * p.operands.row_tiles + warp;
+  int pair = p.sink.output == Q4GemmOutput::kRopeKv ? n_tile * kQ4TileRows % p.sink.head_dim / 2 : 0;
+  asm volatile("" : "+r"(pair));  // divides here, where nothing waits for it
+  pdl_wait();  // as the producer does; what follows reads and writes what an earlier kernel may have used
+  note_places<T>(p.sink, sh, share.token0);
+  float acc[T::kBlocks][T::kRegs];
+  me.multiply(share.units, acc);
+  me.finish(acc);
+  if (p.drain) {
+    const int row0 = share.row_block * p.operands.row_tiles * kQ4TileRows;
+    Q4GemmSink s = p.sink;
+    s.n = min(s.n, row0 + p.operands.row_tiles * kQ4TileRows);  // what the block has of them
+    barrier_wait(Exchange<T>::open(sh), 0);
+    q4_drain_swiglu<T>(s,
+                       {row0 + me.group * 64, share.token0, me.group, uint32_t(me.thread), uint32_t(me.warp),
+                        uint32_t(me.lane), sh.x + Exchange<T>::stage(share.units, me.group) * T::kXBytes, 0},
+                       acc);
+    return;
+  }
+  if (warp >= p.operands.row_tiles || n_tile >= p.n_tiles) return;
+  const auto plain = [&](auto sink) { finish(sink, exchange, sh, share.token0, acc[0]); };
+  if (!p.plain) {
+    exchange.send(acc[0]);
+#pragma unroll 1
+    for (int i = 0; i < exchange.count(); ++i) {
+      const float4 v = exchange.sum(i);
+      float c[4] = {v.x, v.y, v.z, v.w};
+      sink_tile(p.sink, n_tile, share.token0 + exchange.column(i), me.lane, c);
+    }
+  } else if (p.sink.output == Q4GemmOutput::kStore) {
+    plain(Q4SplitSink<Q4GemmOutput::kStore>(p.sink, n_tile, pair, me.lane));
+  } else if (p.sink.output == Q4GemmOutput::kSwiglu) {
+    plain(Q4SplitSink<Q4GemmOutput::kSwiglu>(p.sink, n_tile, pair, me.lane));
+  } else {
+    plain(Q4SplitSink<Q4GemmOutput::kRopeKv>(p.sink, n_tile, pair, me.lane));
+  }
 }
 
 #endif  // Q4S_SM90A
@@ -148,31 +267,48 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   pdl_trigger();
   const Q4Shared<T> sh(raw);
-  if (threadIdx.x == 0) sh.init();
-  __syncthreads();
-  // Blocks of the same rows and other tokens start together: the weights are read once.
-  const int tile = int(blockIdx.x) / p.splits, rank = int(blockIdx.x) % p.splits;
-  const int row_block = tile / p.column_blocks, token0 = tile % p.column_blocks * T::kColumns;
-  const int begin = p.units * rank / p.splits, end = p.units * (rank + 1) / p.splits;
-  if (__shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) == T::kConsumers) {
-    if (threadIdx.x == T::kConsumers * 128)
-      q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, 0},
-                    Cursor<T>{row_block * p.operands.row_tiles, token0, begin * T::kUnitStages,
-                              (end - begin) * T::kUnitStages, row_block % (end - begin) * T::kUnitStages});
-    return;
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
+  Share<T> share;
+  if (threadIdx.x % 32 == 0) {
+    if (warp < T::kConsumers * 4) {
+      sh.init(warp, T::kConsumers * 4);
+      Exchange<T>::init(sh, warp, share.splits);
+      barrier_init_fence();
+    } else {
+      q4_prefetch_maps(maps);
+    }
   }
-  consume<T>(p, sh, reinterpret_cast<float*>(raw), rank, end - begin, row_block * p.rows, token0);
+  __syncthreads();
+  cluster_arrive_relaxed();
+  share.find(p);
+  if (warp < T::kConsumers * 4) {
+    cluster_wait();  // the other blocks' barriers exist
+    consume<T>(p, sh, share, warp);
+  } else if (threadIdx.x > T::kConsumers * 128) {
+    cluster_wait();
+  } else {
+    q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, 0},
+                  Cursor<T>{share.row_block * p.operands.row_tiles, share.token0,
+                            share.begin * T::kUnitStages, share.units * T::kUnitStages,
+                            int(__umulhi(uint32_t(share.row_block) * 0x9e3779b9u, uint32_t(share.units))) *
+                                T::kUnitStages},
+                  kEarlyStages, [] {
+                    cluster_wait();
+                    pdl_wait();
+                  });
+    Exchange<T>::open_all(sh, share);
+  }
 #endif
 }
 
 template <class T>
 void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
-  static_assert(T::kRows / 64 * T::kColumns * kQ4TokenBytes <= T::kBarriers);
   Params p = {};
   p.sink = q4_gemm_sink(a);
-  p.units = c.k_blocks, p.column_blocks = c.column_blocks, p.splits = c.splits, p.rows = c.rows;
-  p.lanes = c.rows / (a.output == Q4GemmOutput::kStore ? 4 : 8);
-  p.inverse = uint32_t(((int64_t(1) << 32) + p.lanes - 1) / p.lanes);
+  p.column_blocks = c.column_blocks, p.n_tiles = int(a.w.n_tiles());
+  for (int i = 0; i <= c.splits; ++i) p.begin[i] = c.k_blocks * i / c.splits;
+  p.plain = q4_split_plain(p.sink);
+  p.drain = c.splits == 1 && a.output == Q4GemmOutput::kSwiglu && q4_drain_takes(p.sink);
   const Q4Maps maps = q4_gemm_maps(a, c.rows, T::kColumns, T::kStageTiles, p.operands);
   launch("q4_gemm_split", q4_gemm_split_kernel<T>, dim3(unsigned(c.row_blocks * c.column_blocks * c.splits)),
          T::kThreads, T::kBytes, c.splits, a.pdl, stream, maps, p);

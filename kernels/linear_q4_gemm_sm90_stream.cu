@@ -212,13 +212,21 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   // Blocks start in the order of their index: reversed, so that a part is computed no later than its sum.
   const int v = p.work.clusters - 1 - int(blockIdx.x) / T::kCluster;
   const int rank = T::kCluster == 1 ? 0 : int(cluster_rank());
-  if (threadIdx.x == 0) sh.init();
+  if (threadIdx.x == 0) {
+    sh.init(0, 1);
+    barrier_init_fence();
+    q4_prefetch_maps(maps);
+  }
   __syncthreads();
   if constexpr (T::kCluster > 1) cluster_arrive();
   if (__shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) == kQ4Consumers) {
     if constexpr (T::kMoveRegisters) give_registers<40>();
     if (threadIdx.x == kQ4Consumers * 128)
-      q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, rank}, Cursor<T>(p.work, v, rank));
+      q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, rank}, Cursor<T>(p.work, v, rank), T::kStages,
+                    [] {
+                      if constexpr (T::kCluster > 1) cluster_wait();  // peers' barriers exist
+                      pdl_wait();
+                    });
     else if constexpr (T::kCluster > 1)
       cluster_wait();
     __syncwarp();

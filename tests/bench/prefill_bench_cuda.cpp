@@ -135,8 +135,8 @@ bool random_shapes(int count, int sms, bool hopper) {
       if (i % 4 == 2)
         config = q4_gemm_config_stream(s, kQ4GemmStreamTiles[t % std::size(kQ4GemmStreamTiles)], r() % 2);
       if (i % 4 == 3)
-        config =
-            q4_gemm_config_split(s, kQ4GemmSplitTiles[t % std::size(kQ4GemmSplitTiles)], 1 + int(r() % 8));
+        config = q4_gemm_config_split(s, kQ4GemmSplitTiles[t % std::size(kQ4GemmSplitTiles)],
+                                      1 + int(r() % kQ4GemmMostSplits));
     }
     ++of_kernel[int(config.kernel)], streamed += config.streamed > 0;
     const double e = run_case(c, config, 1000 + i, i % 2);
@@ -175,7 +175,7 @@ std::vector<Rung> rungs(int sms) {
   }
   // Few rows in a block, and as many as a tile may have.
   for (const Q4GemmTile& t : kQ4GemmSplitTiles)
-    for (int splits : {3, 8})
+    for (int splits : {3, 5})
       all.push_back({name("split", t) + '/' + std::to_string(splits), t.columns, kMaxTokens,
                      [=](const GemmCase& c, bool more) {
                        Q4GemmShape s = shape_of(c, sms, true);
