@@ -140,7 +140,7 @@ __device__ __forceinline__ void linear_decode_block(const LinearDecodeParams<kPr
   using Place = std::conditional_t<kShared, DecodePlace, DecodeHead>;
   Place* const place = reinterpret_cast<Place*>(places + kDecodeRounds);
   const bool attends =
-      kAttends && int(blockIdx.x) < p.attention.pairs * (kShared ? p.attention.sharers : p.attention.queries);
+      kAttends && p.attention.block() < p.attention.pairs * (kShared ? p.attention.sharers : p.attention.queries);
   if constexpr (kAttends) {
     if (attends && int(threadIdx.x) < p.attention.rounds)
       place[threadIdx.x] = Place(p.attention, int(threadIdx.x));

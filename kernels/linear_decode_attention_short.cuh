@@ -66,8 +66,8 @@ struct DecodeHead {
 
   // A block has one alone: its round, as DecodePlace takes it, is 0.
   __device__ DecodeHead(const LinearDecodeAttention& a, int)
-      : token(int(blockIdx.x) / (a.kv_heads * a.queries)),
-        head(int(blockIdx.x) % (a.kv_heads * a.queries)),
+      : token(a.block() / (a.kv_heads * a.queries)),
+        head(a.block() % (a.kv_heads * a.queries)),
         kv_head(head / a.queries),
         position(__ldcg(a.position + token)),
         sequence(__ldcg(a.sequence + token)) {}

@@ -46,9 +46,16 @@ struct LinearDecodeAttention {
   int kv_heads, queries, head_dim;     // queries: heads of a kv head
   int pairs, sharers;                  // tokens times kv heads; blocks for each, or 0: one for each head
   int rounds;                          // pairs of a block, if it has more than one, not shared then
+  int first_block;                     // the first to attend, others follow: those with less of q, k and v
   LinearDecodeBox box;
   LinearDecodeMeeting meeting;
   Packet* parts;  // (pairs, sharers, kLinearDecodeAttendPackets)
+
+  // The how many-th of those that attend this block is.
+  __device__ int block() const {
+    const int i = int(blockIdx.x) - first_block;
+    return i < 0 ? i + int(gridDim.x) : i;
+  }
 };
 
 template <int kProducts>
@@ -145,7 +152,7 @@ struct DecodePlace {
 
   DecodePlace() = default;
   __device__ DecodePlace(const LinearDecodeAttention& a, int round)
-      : pair(int(blockIdx.x + round * gridDim.x) / a.sharers), part(int(blockIdx.x) % a.sharers), parts(0) {
+      : pair((a.block() + round * int(gridDim.x)) / a.sharers), part(a.block() % a.sharers), parts(0) {
     if (pair >= a.pairs) return;
     token = pair / a.kv_heads, kv_head = pair % a.kv_heads;
     const int old = __ldcg(a.position + token), most = linear_decode_parts(old, a.sharers);

@@ -86,6 +86,11 @@ void connect(const LinearDecodeArgs* chain, std::vector<LinearDecodeProduct>& pr
   }
 }
 
+// The first block of those with fewer rows of product i, which are done with it first: see LinearDecodeRows.
+int first_with_fewer_rows(const LinearDecodeCut& cut, size_t i) {
+  return i % 2 ? 0 : cut.part[i].more_rows * (cut.config.pair ? kDecodePair : 1);
+}
+
 }  // namespace
 
 int64_t linear_decode_most_tokens(int bits) {
@@ -162,6 +167,7 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
     a.pairs = a.kv_heads * tokens;
     a.sharers = std::clamp(std::min(l.config.blocks, int(kLinearDecodeAttend)) / a.pairs, 1, kDecodeSharers);
     a.rounds = int(ceil_div(a.pairs, l.config.blocks));
+    a.first_block = first_with_fewer_rows(cut, i - 1);
     a.parts = attention_packets(exchange) + kPlace;
     alone = alone && chain[i].longest <= kLinearDecodeShort && a.pairs * a.queries <= l.config.blocks;
   }
