@@ -62,7 +62,7 @@ template <int kProducts>
 struct LinearDecodeParams {
   LinearDecodeProduct product[kProducts];
   int count, tokens, inverse_tokens;  // linear_decode_inverse
-  int ahead, ahead_next;  // stages on their way at a time; the first of a product, whose x is on its way too
+  int ahead, ahead_next;  // stages on their way at a time; those of a product whose x may be on its way too
   uint32_t* done;         // (blocks) products of chains so far; null: no packets
   LinearDecodeAttention attention;
   LinearDecodeConfig config;
@@ -131,6 +131,8 @@ class LinearDecodeRing {
 
   __device__ void wait_full() const { mbarrier_wait(full_, parity_); }
   __device__ void wait_empty() const { mbarrier_wait(full_ + kEmpty, parity_ ^ 1); }
+  // Whether the stage has been read since wait_empty().
+  __device__ bool read() const { return mbarrier_done(full_ + kEmpty, parity_); }
   __device__ void next() {
     stage_ += stage_bytes_, full_ += 8;
     if (full_ == barriers_ + stages_ * 8) stage_ = first_, full_ = barriers_, parity_ ^= 1;
@@ -211,11 +213,15 @@ template <class Tile, bool kShared, bool kPair, class Params>
 __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, DecodePlace* places, int lane) {
   constexpr int kTileBytes = kQ4TileBytes * Tile::kBits / 4, kUnitBytes = kTileBytes * kUnitTiles;
   constexpr int kUnits = kPair ? kDecodePairWarps : kDecodeWarps;  // of a tile row in a stage
-  LinearDecodeRing arriving = ring;
+  LinearDecodeRing arriving = ring, first = ring;
   int asked = 0;
+  bool begun = false;  // stages from `first` on are being read: nobody here waits for x
+  const auto begin = [&] { first = ring, begun = false; };
   // A stage to ask for, with at most so many on their way, this one included.
-  const auto admit = [&](int most) {
+  const auto admit = [&] {
     ring.wait_empty();
+    if (!begun) begun = __any_sync(0xffffffffu, first.read());
+    const int most = begun ? p.ahead : p.ahead_next;
     while (asked >= most) arriving.wait_full(), arriving.next(), --asked;
     ++asked;
   };
@@ -235,13 +241,14 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, De
           __syncwarp();
           placed = true;
         }
+        begin();
 #pragma unroll 1
         for (int round = 0; round < p.attention.rounds; ++round) {
           const DecodePlace place = places[round];
           const DecodeCacheCopy copy(p.product[i - 1], place, p.attention.box, lane);
 #pragma unroll 1
           for (int s = 0; s < place.stages; ++s) {
-            admit(s < p.config.stages ? p.ahead_next : p.ahead);
+            admit();
             copy.run(place.begin + s * p.attention.box.positions(), place.end, ring.stage(), ring.full());
             ring.next();
           }
@@ -254,13 +261,14 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, De
       const int first = part.piece_begin(piece), units = part.piece_begin(piece + 1) - first;
       const int total = rows.rows * units, nth = kPair ? lane % kUnits : lane;  // unit of a stage
       if (total == 0) continue;
+      begin();
       int row = nth / units, col = nth % units;
 #pragma unroll 1
-      for (int begin = 0; begin < total; begin += kUnits) {
-        admit(begin < p.config.stages * kUnits ? p.ahead_next : p.ahead);
+      for (int at = 0; at < total; at += kUnits) {
+        admit();
         // Each lane has a unit; the first of a run of neighbours in a row asks for all of it.
         const int64_t tile_row = rows.tile_row(row) + (kPair ? lane / kUnits : 0);
-        const int count = min(kUnits, total - begin);
+        const int count = min(kUnits, total - at);
         const bool one =
             nth < count && (!kPair || (lane < kDecodePair * kUnits && tile_row * kQ4TileRows < a.n));
         const bool leads = one && (nth == 0 || col == 0);
