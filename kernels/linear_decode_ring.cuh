@@ -225,6 +225,7 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, De
     while (asked >= most) arriving.wait_full(), arriving.next(), --asked;
     ++asked;
   };
+  const uint64_t policy = read_once();
   bool placed = false;
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
@@ -283,7 +284,7 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, De
             {ring.stage() + p.config.stage_scales + lane * scale_bytes,
              reinterpret_cast<const uint8_t*>(a.scales + (tile_row * a.groups + group) * kQ4TileRows),
              scaled && (shared_scales ? one : leads) ? uint32_t(groups * kQ4TileRows * 2) : 0}};
-        decode_copies(copies, ring.full(), lane);
+        decode_copies(copies, ring.full(), lane, policy);
         ring.next();
         for (col += kUnits; col >= units; col -= units) ++row;
       }

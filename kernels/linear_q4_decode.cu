@@ -128,7 +128,7 @@ void linear_decode_cuda(const LinearDecodeArgs* chain, size_t count, std::byte* 
                         bool pdl) {
   // Bytes on their way: what the memory's latency asks for; less while x is on its way too, which would wait
   // in the memory's queues behind them.
-  constexpr int kAhead = 64 * 1024, kAheadNext = 32 * 1024;
+  constexpr int kAhead = 80 * 1024, kAheadNext = 32 * 1024;
   assert(count > 0 && count <= kLinearDecodeChain);
   const int tokens = int(chain[0].tokens), bits = chain[0].w.layout.bits;
   std::vector<LinearDecodeProduct> products;

@@ -134,9 +134,16 @@ struct DecodeCopy {
   const void* from;
   uint32_t bytes;
 };
-// Starts the copies of all lanes of a warp, which complete a phase of `barrier`.
+// How L2 is to keep what is read once: no longer than all else.
+__device__ inline uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// Starts the copies of all lanes of a warp, which complete a phase of `barrier`. policy: read_once().
 template <int kCopies>
-__device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint32_t barrier, int lane) {
+__device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint32_t barrier, int lane,
+                                     [[maybe_unused]] uint64_t policy) {
 #ifdef Q4S_HOPPER
   uint32_t bytes = 0;
 #pragma unroll
@@ -153,9 +160,9 @@ __device__ inline void decode_copies(const DecodeCopy (&copies)[kCopies], uint32
   for (const DecodeCopy& c : copies)
     if (c.bytes)
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              c.to),
-          "l"(c.from), "r"(c.bytes), "r"(barrier)
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+          "[%3], %4;" ::"r"(c.to),
+          "l"(c.from), "r"(c.bytes), "r"(barrier), "l"(policy)
           : "memory");
 #else
 #pragma unroll
