@@ -139,8 +139,8 @@ __device__ __forceinline__ void linear_decode_block(const LinearDecodeParams<kPr
   constexpr bool kAttends = kProducts > 1;  // chains
   using Place = std::conditional_t<kShared, DecodePlace, DecodeHead>;
   Place* const place = reinterpret_cast<Place*>(places + kDecodeRounds);
-  const bool attends =
-      kAttends && p.attention.block() < p.attention.pairs * (kShared ? p.attention.sharers : p.attention.queries);
+  const int sharers = kShared ? p.attention.sharers : p.attention.queries;  // blocks of a pair
+  const bool attends = kAttends && p.attention.block() < p.attention.pairs * sharers;
   if constexpr (kAttends) {
     if (attends && int(threadIdx.x) < p.attention.rounds)
       place[threadIdx.x] = Place(p.attention, int(threadIdx.x));
@@ -157,8 +157,6 @@ __device__ __forceinline__ void linear_decode_block(const LinearDecodeParams<kPr
             DecodeAttention<LinearDecodeParams<kProducts>>(p, i, place[round], shared + c.x, first, warp)
                 .run(ring);
     } else if constexpr (kAttends) {
-      if (attends && i + 1 < p.count && p.product[i + 1].attends)
-        linear_decode_prefetch_short(p.product[i], *place, warp, lane);
       if (attends && p.product[i].attends)
         linear_decode_attend_short(p.product[i - 1], *place, const_cast<Packet*>(p.product[i].x_packets),
                                    first + uint32_t(i), reinterpret_cast<float*>(shared + c.x), warp, lane);

@@ -205,6 +205,26 @@ class DecodeCacheCopy {
   const __half *k_, *v_;  // row 0, this lane's piece
 };
 
+// A block's share of the rows of short caches, on their way to L2 before they are asked for: lane 2t has K of
+// token t's sequence, lane 2t + 1 V.
+struct DecodeOldRows {
+  int64_t begin = 0;  // bytes, of the layer's cache
+  uint32_t bytes = 0;
+
+  DecodeOldRows() = default;
+  __device__ DecodeOldRows(const LinearDecodeProduct& from, int tokens, int lane) {
+    if (lane / 2 >= tokens) return;
+    const int64_t row = from.kv_heads * from.head_dim * 2, all = __ldcg(from.position + lane / 2) * row;
+    const int64_t share = (all / gridDim.x / 128 + 1) * 128, first = blockIdx.x * share;
+    begin = __ldcg(from.sequence + lane / 2) * from.kv.ctx * row + first;
+    bytes = uint32_t(max(min(share, all - first), int64_t(0)));
+  }
+  __device__ void prefetch(const LinearDecodeProduct& from, int lane) const {
+    const void* const of = lane % 2 ? from.kv.v : from.kv.k;
+    if (bytes > 0) prefetch_l2(static_cast<const char*>(of) + begin, bytes);
+  }
+};
+
 // The warp that asks for the weights of all products, far ahead of their use but never for more than a few
 // stages at once: what other warps load would wait behind them.
 //
@@ -227,6 +247,7 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, De
   };
   const uint64_t policy = read_once();
   bool placed = false;
+  DecodeOldRows old;
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
     const LinearDecodeProduct& a = p.product[i];
@@ -255,6 +276,15 @@ __device__ void linear_decode_produce(const Params& p, LinearDecodeRing ring, De
           }
         }
       }
+    } else if (a.attends) {
+      const LinearDecodeProduct& from = p.product[i - 1];
+      if (!placed) {
+        pdl_wait();
+        old = DecodeOldRows(from, p.tokens, lane);
+        placed = true;
+      }
+      old.prefetch(from, lane);
+      __syncwarp();
     }
 #pragma unroll 1
     for (int phase = 0; phase < part.phases; ++phase) {

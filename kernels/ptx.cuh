@@ -185,6 +185,14 @@ __device__ inline void store_global_16(void* to, const uint4& v) {
 }
 // Brings a line to the L2 cache.
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// The same of a multiple of 16 bytes, 16-aligned.
+__device__ inline void prefetch_l2(const void* p, uint32_t bytes) {
+#ifdef Q4S_HOPPER
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#else
+  for (uint32_t i = 0; i < bytes; i += 128) prefetch_l2(static_cast<const char*>(p) + i);
+#endif
+}
 // A barrier of some warps of a block.
 template <int kBarrier, int kThreads>
 __device__ inline void warps_sync() {
