@@ -174,7 +174,8 @@ TEST_CASE("cuda: perplexity and divergence are those of the same logits on the h
                          .tokens = some_tokens(2 * (ctx + 1), shape.config.vocab),
                          .bos = "none",
                          .hash = 0};
-      Session s(m, *cuda(), {.ctx = ctx}), reference(other, *cuda(), {.ctx = ctx});
+      Session s(m, *cuda(), {.ctx = ctx, .chunk = ctx}),
+          reference(other, *cuda(), {.ctx = ctx, .chunk = ctx});
       double nll = 0, ref_nll = 0, kl = 0, same = 0;
       for (int64_t w = 0; w < text.chunks; ++w) {
         const auto window = std::span(text.tokens).subspan(size_t(w * text.ctx), size_t(text.ctx));
