@@ -304,9 +304,6 @@ __device__ inline uint64_t wgmma_k_major_at(uint32_t low) {
   constexpr uint32_t kHigh = 1u << 30 | 1024 >> 4;  // 128-byte swizzle; 8 rows further
   return uint64_t(kHigh) << 32 | low;
 }
-__device__ inline uint64_t wgmma_k_major(uint32_t address) {
-  return wgmma_k_major_at(wgmma_address(address));
-}
 
 // N-major: a row holds 64 halves of N at one k; blocks of 64 are `stride` bytes apart, a step of 16 in K is
 // +2048.
