@@ -12,13 +12,13 @@ struct AttentionArgs {
   const float* q;  // (T, H * head_dim)
   Placement at;
   KvLayer kv;
-  float* y;        // (T, H * head_dim)
+  float* y;  // (T, H * head_dim)
   int64_t tokens, heads, kv_heads, head_dim;
   std::byte* scratch;  // attention_scratch_bytes; unused by the reference
 };
 void attention_cpu(const AttentionArgs&, Part = {});  // the definition: double accumulators
 size_t attention_scratch_bytes(int64_t ctx, int64_t head_dim, int threads);
-void attention(const AttentionArgs&, Part = {});      // online softmax, vectorised
+void attention(const AttentionArgs&, Part = {});                    // online softmax, vectorised
 void attention_reference_cuda(const AttentionArgs&, cudaStream_t);  // any shape with head_dim <= 512
 
 }  // namespace q4s

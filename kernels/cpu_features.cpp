@@ -14,12 +14,9 @@ std::atomic<CpuLevel> g_level{best_cpu_level()};
 
 const char* cpu_level_name(CpuLevel level) {
   switch (level) {
-    case CpuLevel::kPortable:
-      return "portable";
-    case CpuLevel::kAvx2:
-      return "avx2";
-    case CpuLevel::kAvx512:
-      return "avx512";
+    case CpuLevel::kPortable: return "portable";
+    case CpuLevel::kAvx2: return "avx2";
+    case CpuLevel::kAvx512: return "avx512";
   }
   return "";
 }
@@ -43,12 +40,9 @@ void set_cpu_level(CpuLevel level) {
 
 const CpuKernels& cpu_kernels() {
   switch (cpu_level()) {
-    case CpuLevel::kAvx512:
-      return kAvx512Kernels;
-    case CpuLevel::kAvx2:
-      return kAvx2Kernels;
-    default:
-      return kPortableKernels;
+    case CpuLevel::kAvx512: return kAvx512Kernels;
+    case CpuLevel::kAvx2: return kAvx2Kernels;
+    default: return kPortableKernels;
   }
 }
 

@@ -10,8 +10,9 @@ enum class CpuLevel {
 };
 
 const char* cpu_level_name(CpuLevel);
-CpuLevel best_cpu_level();     // of this machine and operating system
-CpuLevel cpu_level();          // in use: best_cpu_level() unless set
-void set_cpu_level(CpuLevel);  // at most best_cpu_level(); not while kernels run, nor between planning and running
+CpuLevel best_cpu_level();  // of this machine and operating system
+CpuLevel cpu_level();       // in use: best_cpu_level() unless set
+void set_cpu_level(
+    CpuLevel);  // at most best_cpu_level(); not while kernels run, nor between planning and running
 
 }  // namespace q4s

@@ -1,5 +1,5 @@
-// Device memory that grows: working arrays whose size changes from one linear to the next are taken once at the
-// largest size so far. For *_cuda.cpp files; contents are lost when it grows.
+// Device memory that grows: working arrays whose size changes from one linear to the next are taken once at
+// the largest size so far. For *_cuda.cpp files; contents are lost when it grows.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -32,14 +32,16 @@ class DeviceArray {
   size_t bytes() const { return size_t(count_) * sizeof(T); }
 
   void upload(const T* from, int64_t count, cudaStream_t stream) {
-    cuda_check(cudaMemcpyAsync(take(count), from, size_t(count) * sizeof(T), cudaMemcpyHostToDevice, stream), "upload");
+    cuda_check(cudaMemcpyAsync(take(count), from, size_t(count) * sizeof(T), cudaMemcpyHostToDevice, stream),
+               "upload");
   }
   void clear(int64_t count, cudaStream_t stream) {
     cuda_check(cudaMemsetAsync(take(count), 0, size_t(count) * sizeof(T), stream), "clearing memory");
   }
   // Waits.
   void download(T* to, int64_t count, cudaStream_t stream) const {
-    cuda_check(cudaMemcpyAsync(to, data_, size_t(count) * sizeof(T), cudaMemcpyDeviceToHost, stream), "download");
+    cuda_check(cudaMemcpyAsync(to, data_, size_t(count) * sizeof(T), cudaMemcpyDeviceToHost, stream),
+               "download");
     cuda_check(cudaStreamSynchronize(stream), "running the quantiser");
   }
 

@@ -1,4 +1,5 @@
-// y[t,:] = table[ids[t],:], unpacked to f32. Also gathers rows of an f32 matrix (the rows whose logits are wanted).
+// y[t,:] = table[ids[t],:], unpacked to f32. Also gathers rows of an f32 matrix (the rows whose logits are
+// wanted).
 #pragma once
 #include "kernels/device_matrix.h"
 

@@ -1,5 +1,6 @@
-// What the quantiser's kernels share: levels and rounding on the device, operation for operation as kernels/gptq.h
-// has them (intrinsics, since a fused product and sum would round once where the CPU rounds twice).
+// What the quantiser's kernels share: levels and rounding on the device, operation for operation as
+// kernels/gptq.h has them (intrinsics, since a fused product and sum would round once where the CPU rounds
+// twice).
 #pragma once
 #include <cuda_fp16.h>
 
@@ -17,7 +18,8 @@ __device__ __forceinline__ float value_of(int code, float scale, const Levels& l
   return __fmul_rn(scale, level_of(code, l));
 }
 
-// a / b with inverse = 1 / b rounded: the remainder makes the quotient exact to the last bit, without a branch.
+// a / b with inverse = 1 / b rounded: the remainder makes the quotient exact to the last bit, without a
+// branch.
 __device__ __forceinline__ float quotient(float a, float b, float inverse) {
   const float q = __fmul_rn(a, inverse);
   return fmaf(fmaf(-q, b, a), inverse, q);

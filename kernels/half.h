@@ -1,4 +1,5 @@
-// IEEE half and bfloat16 bits <-> float on the host, round to nearest even. Portable; the wide paths use hardware.
+// IEEE half and bfloat16 bits <-> float on the host, round to nearest even. Portable; the wide paths use
+// hardware.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -18,10 +19,10 @@ inline float half_to_float(uint16_t h) {
 // Overflow goes to infinity, as the hardware conversion does.
 inline uint16_t float_to_half(float f) {
   const uint32_t x = std::bit_cast<uint32_t>(f), sign = (x >> 16) & 0x8000u, a = x & 0x7fffffffu;
-  if (a > 0x7f800000u) return uint16_t(sign | 0x7e00u);             // NaN
-  if (a >= 0x477ff000u) return uint16_t(sign | 0x7c00u);            // rounds to infinity
-  if (a < 0x38800000u) {                                            // subnormal half: ulp 2^-24
-    const float v = std::bit_cast<float>(a) + 0.5f;                 // the adder rounds at 2^-24 for us
+  if (a > 0x7f800000u) return uint16_t(sign | 0x7e00u);   // NaN
+  if (a >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to infinity
+  if (a < 0x38800000u) {                                  // subnormal half: ulp 2^-24
+    const float v = std::bit_cast<float>(a) + 0.5f;       // the adder rounds at 2^-24 for us
     return uint16_t(sign | (std::bit_cast<uint32_t>(v) - 0x3f000000u));
   }
   const uint32_t r = a + 0xfffu + ((a >> 13) & 1u);

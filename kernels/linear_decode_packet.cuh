@@ -2,8 +2,8 @@
 // rounded to 16 significant bits, and the number of the product that made them, stored at once. A reader
 // needs no barrier and no fence: it loads until the number is right. Device code.
 #pragma once
-#include "kernels/ptx.cuh"
 #include "kernels/linear_decode_config.h"
+#include "kernels/ptx.cuh"
 
 namespace q4s {
 

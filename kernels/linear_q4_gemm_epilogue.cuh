@@ -1,7 +1,7 @@
-// What the GEMM kernels do with sums: store, SiLU(gate)*up, or rotation and cache append. Rows r (lo) and r + 8
-// (hi) of a 16-row tile meet here: that is how the row maps of q4_tiles.h pair values. Two forms: straight from the
-// accumulators of a warp (mma.sync), and four rows of one token at a time, in the order of memory (sm_90a).
-// Shared by linear_q4_gemm*.cu only.
+// What the GEMM kernels do with sums: store, SiLU(gate)*up, or rotation and cache append. Rows r (lo) and r +
+// 8 (hi) of a 16-row tile meet here: that is how the row maps of q4_tiles.h pair values. Two forms: straight
+// from the accumulators of a warp (mma.sync), and four rows of one token at a time, in the order of memory
+// (sm_90a). Shared by linear_q4_gemm*.cu only.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -28,7 +28,8 @@ struct Q4GemmSink {
 
 inline Q4GemmSink q4_gemm_sink(const Q4GemmArgs& a) {
   Q4GemmSink s = {};
-  s.y = a.y, s.residual = a.residual, s.table = a.table, s.position = a.at.position, s.sequence = a.at.sequence;
+  s.y = a.y, s.residual = a.residual, s.table = a.table, s.position = a.at.position,
+  s.sequence = a.at.sequence;
   s.k = a.kv.k, s.v = a.kv.v, s.y_pitch = a.y_pitch, s.ctx = a.kv.ctx;
   s.tokens = int(a.tokens), s.n = int(a.w.n), s.heads = int(a.heads), s.kv_heads = int(a.kv_heads);
   s.head_dim = int(a.w.head_dim), s.rotated = int(a.w.rotated);
@@ -80,7 +81,8 @@ __device__ inline void sink_pair(const Q4GemmSink& s, int n_tile, int g, int tok
   }
 }
 
-// The accumulators of one warp's 16-row tile: c[4j..] = (g, u), (g, u+1), (g+8, u), (g+8, u+1), u = token0 + 8j + 2t.
+// The accumulators of one warp's 16-row tile: c[4j..] = (g, u), (g, u+1), (g+8, u), (g+8, u+1), u = token0 +
+// 8j + 2t.
 template <int kCount>
 __device__ inline void sink_tile(const Q4GemmSink& s, int n_tile, int token0, int lane, float (&c)[kCount]) {
   const int g = lane / 4, first = token0 + lane % 4 * 2;
@@ -89,7 +91,8 @@ __device__ inline void sink_tile(const Q4GemmSink& s, int n_tile, int token0, in
     for (int j = 0; j < kCount / 4; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (first + 8 * j + e < s.tokens) sink_pair(s, n_tile, g, first + 8 * j + e, c[4 * j + e], c[4 * j + 2 + e]);
+        if (first + 8 * j + e < s.tokens)
+          sink_pair(s, n_tile, g, first + 8 * j + e, c[4 * j + e], c[4 * j + 2 + e]);
     return;
   }
   const int row = n_tile * kQ4TileRows + g;
@@ -139,14 +142,14 @@ __device__ inline void sink_store4(void* p, bool half, int64_t i, int64_t count,
     for (int e = 0; e < 4 && e < count; ++e) to[e] = f[e];
 }
 
-// Where four rows of one token are: rows row.. of a packed matrix, and row + 8.. with them in the fused outputs.
-// token < 0: nowhere.
+// Where four rows of one token are: rows row.. of a packed matrix, and row + 8.. with them in the fused
+// outputs. token < 0: nowhere.
 struct Q4SinkPlace {
   int row, token;
 };
 
-// One thread's share of an epilogue step: four places of kStore, or two of pairs. What it reads from memory (residual;
-// position and rotation) is fetched first, so that the latency passes while the sums arrive.
+// One thread's share of an epilogue step: four places of kStore, or two of pairs. What it reads from memory
+// (residual; position and rotation) is fetched first, so that the latency passes while the sums arrive.
 class Q4SinkBatch {
  public:
   // where(i) -> Q4SinkPlace
@@ -177,7 +180,8 @@ class Q4SinkBatch {
         const int position = s.position[at.token];
         cache_[i] = (s.sequence[at.token] * s.ctx + position) * (s.kv_heads * s.head_dim);
         if (at.row >= s.rotated) continue;
-        const float4* turn = reinterpret_cast<const float4*>(s.table + int64_t(position) * s.head_dim + pair(s, at.row) * 2);
+        const float4* turn =
+            reinterpret_cast<const float4*>(s.table + int64_t(position) * s.head_dim + pair(s, at.row) * 2);
         ahead_[2 * i] = turn[0], ahead_[2 * i + 1] = turn[1];
       }
     }
@@ -213,7 +217,9 @@ class Q4SinkBatch {
   }
 
  private:
-  static __device__ int pair(const Q4GemmSink& s, int row) { return (row % s.head_dim - row % 16) / 2 + row % 16; }
+  static __device__ int pair(const Q4GemmSink& s, int row) {
+    return (row % s.head_dim - row % 16) / 2 + row % 16;
+  }
   __device__ void rotate(const Q4GemmSink& s, Q4SinkPlace at, int i, float4 a, float4 b) const {
     if (at.row >= s.rotated) {
       const int64_t to = cache_[i] + at.row - s.rotated;
@@ -222,14 +228,17 @@ class Q4SinkBatch {
       return;
     }
     const float4 t = ahead_[2 * i], u = ahead_[2 * i + 1];  // cos, sin, cos, sin
-    const float4 low = {a.x * t.x - b.x * t.y, a.y * t.z - b.y * t.w, a.z * u.x - b.z * u.y, a.w * u.z - b.w * u.w};
-    const float4 high = {a.x * t.y + b.x * t.x, a.y * t.w + b.y * t.z, a.z * u.y + b.z * u.x, a.w * u.w + b.w * u.z};
+    const float4 low = {a.x * t.x - b.x * t.y, a.y * t.z - b.y * t.w, a.z * u.x - b.z * u.y,
+                        a.w * u.z - b.w * u.w};
+    const float4 high = {a.x * t.y + b.x * t.x, a.y * t.w + b.y * t.z, a.z * u.y + b.z * u.x,
+                         a.w * u.w + b.w * u.z};
     const int head = at.row / s.head_dim;
     const bool query = head < s.heads;
     void* to = query ? s.y : s.k;
     const bool half = query ? s.y_half : s.kv_half;
-    const int64_t first = (query ? at.token * s.y_pitch + head * s.head_dim : cache_[i] + (head - s.heads) * s.head_dim) +
-                          pair(s, at.row);
+    const int64_t first =
+        (query ? at.token * s.y_pitch + head * s.head_dim : cache_[i] + (head - s.heads) * s.head_dim) +
+        pair(s, at.row);
     sink_store4(to, half, first, 4, low);
     sink_store4(to, half, first + s.head_dim / 2, 4, high);
   }

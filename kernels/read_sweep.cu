@@ -1,4 +1,5 @@
-// read_sweep.h: every thread has kLoads independent 16-byte loads in flight, neighbours read neighbouring addresses.
+// read_sweep.h: every thread has kLoads independent 16-byte loads in flight, neighbours read neighbouring
+// addresses.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -4,8 +4,8 @@
 
 namespace q4s {
 
-// Bytes per second of the best of several read-only sweeps over a buffer far beyond the L2 cache. Takes 2 GiB for the
-// time of the call. Throws CudaError.
+// Bytes per second of the best of several read-only sweeps over a buffer far beyond the L2 cache. Takes 2 GiB
+// for the time of the call. Throws CudaError.
 double read_sweep_cuda(cudaStream_t);
 
 }  // namespace q4s

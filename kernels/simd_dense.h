@@ -83,15 +83,9 @@ void decode_gguf(const uint8_t* p, int64_t k, float* y) {
 void decode_row(const WeightView& w, int64_t n, float* y) {
   const int64_t k = w.k;
   switch (w.format) {
-    case Format::kF32:
-      std::memcpy(y, row_at(w, n, 4 * k), size_t(k) * 4);
-      break;
-    case Format::kF16:
-      decode_floats<Format::kF16>(row_at(w, n, 2 * k), k, y);
-      break;
-    case Format::kBF16:
-      decode_floats<Format::kBF16>(row_at(w, n, 2 * k), k, y);
-      break;
+    case Format::kF32: std::memcpy(y, row_at(w, n, 4 * k), size_t(k) * 4); break;
+    case Format::kF16: decode_floats<Format::kF16>(row_at(w, n, 2 * k), k, y); break;
+    case Format::kBF16: decode_floats<Format::kBF16>(row_at(w, n, 2 * k), k, y); break;
     case Format::kQ4:
     case Format::kQ8: {
       const bool q4 = w.format == Format::kQ4;
@@ -107,15 +101,9 @@ void decode_row(const WeightView& w, int64_t n, float* y) {
       }
       break;
     }
-    case Format::kGgufQ8_0:
-      decode_gguf<Format::kGgufQ8_0>(row_at(w, n, k / 32 * 34), k, y);
-      break;
-    case Format::kGgufQ4_0:
-      decode_gguf<Format::kGgufQ4_0>(row_at(w, n, k / 32 * 18), k, y);
-      break;
-    case Format::kGgufQ4_1:
-      decode_gguf<Format::kGgufQ4_1>(row_at(w, n, k / 32 * 20), k, y);
-      break;
+    case Format::kGgufQ8_0: decode_gguf<Format::kGgufQ8_0>(row_at(w, n, k / 32 * 34), k, y); break;
+    case Format::kGgufQ4_0: decode_gguf<Format::kGgufQ4_0>(row_at(w, n, k / 32 * 18), k, y); break;
+    case Format::kGgufQ4_1: decode_gguf<Format::kGgufQ4_1>(row_at(w, n, k / 32 * 20), k, y); break;
   }
 }
 
@@ -150,25 +138,16 @@ void dot_tokens(const LinearArgs& a, const uint8_t* row, int64_t r) {
   int64_t t = 0;
   for (; t + 4 <= a.tokens; t += 4) dot_row<f, 4>(a, row, t, r);
   switch (a.tokens - t) {
-    case 1:
-      return dot_row<f, 1>(a, row, t, r);
-    case 2:
-      return dot_row<f, 2>(a, row, t, r);
-    case 3:
-      return dot_row<f, 3>(a, row, t, r);
+    case 1: return dot_row<f, 1>(a, row, t, r);
+    case 2: return dot_row<f, 2>(a, row, t, r);
+    case 3: return dot_row<f, 3>(a, row, t, r);
   }
 }
 void dot_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) switch (a.w.format) {
-      case Format::kF32:
-        dot_tokens<Format::kF32>(a, row_at(a.w, r, 4 * a.w.k), r);
-        break;
-      case Format::kF16:
-        dot_tokens<Format::kF16>(a, row_at(a.w, r, 2 * a.w.k), r);
-        break;
-      case Format::kBF16:
-        dot_tokens<Format::kBF16>(a, row_at(a.w, r, 2 * a.w.k), r);
-        break;
+      case Format::kF32: dot_tokens<Format::kF32>(a, row_at(a.w, r, 4 * a.w.k), r); break;
+      case Format::kF16: dot_tokens<Format::kF16>(a, row_at(a.w, r, 2 * a.w.k), r); break;
+      case Format::kBF16: dot_tokens<Format::kBF16>(a, row_at(a.w, r, 2 * a.w.k), r); break;
       default:  // unpacked to f32 first, where the row stays in the nearest cache
         decode_row(a.w, r, reinterpret_cast<float*>(a.scratch));
         dot_tokens<Format::kF32>(a, reinterpret_cast<const uint8_t*>(a.scratch), r);

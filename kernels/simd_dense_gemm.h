@@ -1,6 +1,6 @@
-// The matrix product of unquantised rows in f32, any format: rows are unpacked once into panels that all tokens
-// use. Every sum runs over its columns in order, by spans of kDepth, so that neither the number of threads nor
-// that of tokens shows in it.
+// The matrix product of unquantised rows in f32, any format: rows are unpacked once into panels that all
+// tokens use. Every sum runs over its columns in order, by spans of kDepth, so that neither the number of
+// threads nor that of tokens shows in it.
 //
 // Activations, laid out by pack_tiles: tiles of kTile tokens, (column, token) f32; absent tokens are zeros.
 // Panel: kPanelRows rows as strips of 2 kW, each (column, row) f32; absent rows are zeros.
@@ -48,8 +48,8 @@ inline void unpack_strip(const WeightView& w, int64_t r, int64_t end, float* row
   }
 }
 
-// out (token, row) = x (n columns, the first M of kTile tokens) times w (n columns, kStrip). Not inlined: the sums
-// need nearly all registers.
+// out (token, row) = x (n columns, the first M of kTile tokens) times w (n columns, kStrip). Not inlined: the
+// sums need nearly all registers.
 template <int M>
 __attribute__((noinline)) void multiply_strip(const float* x, const float* w, int64_t n, F (&out)[kTile][2]) {
   F sum[M][2] = {};
@@ -82,7 +82,8 @@ void dense_gemm_rows(const LinearArgs& a, int64_t begin, int64_t end, std::byte*
     for (int64_t from = 0; from < k; from += kDepth) {
       const float* before = from ? a.y : a.residual;
       for (int64_t tile = 0; tile < div_up(a.tokens, kTile); ++tile) {
-        const float* x = reinterpret_cast<const float*>(a.scratch + tile * dense_tile_bytes(k)) + from * kTile;
+        const float* x =
+            reinterpret_cast<const float*>(a.scratch + tile * dense_tile_bytes(k)) + from * kTile;
         const int64_t count = min64(kTile, a.tokens - tile * kTile);
         for (int64_t s = 0; s < strips; ++s) {
           F out[kTile][2];

@@ -1,4 +1,5 @@
-// Tensor maps for TMA, encoded on the host. The driver's function is looked up at run time: no link to libcuda.
+// Tensor maps for TMA, encoded on the host. The driver's function is looked up at run time: no link to
+// libcuda.
 #pragma once
 #include <cuda.h>
 
@@ -14,9 +15,11 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto function = [] {
     void* f = nullptr;
     cudaDriverEntryPointQueryResult found;
-    cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found),
-               "cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    cuda_check(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found),
+        "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
   }();
   return function;
@@ -37,10 +40,12 @@ inline CUtensorMap tensor_map(const TensorMapShape& s) {
   CUtensorMap map;
   const cuuint64_t size[3] = {cuuint64_t(s.width), cuuint64_t(s.rows), cuuint64_t(s.planes)};
   const cuuint64_t pitch[2] = {cuuint64_t(s.pitch), cuuint64_t(s.plane_pitch)};
-  const cuuint32_t box[3] = {cuuint32_t(s.box_width), cuuint32_t(s.box_rows), cuuint32_t(s.box_planes)}, step[3] = {1, 1, 1};
-  const CUresult r = tensor_map_encoder()(&map, s.type, s.planes ? 3 : 2, const_cast<void*>(s.data), size, pitch, box,
-                                          step, CU_TENSOR_MAP_INTERLEAVE_NONE, s.swizzle,
-                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint32_t box[3] = {cuuint32_t(s.box_width), cuuint32_t(s.box_rows), cuuint32_t(s.box_planes)},
+                   step[3] = {1, 1, 1};
+  const CUresult r =
+      tensor_map_encoder()(&map, s.type, s.planes ? 3 : 2, const_cast<void*>(s.data), size, pitch, box, step,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, s.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (r != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(r)));
   return map;
 }

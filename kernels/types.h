@@ -41,12 +41,12 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // One weight matrix: n rows (outputs) of k columns (inputs), host memory, nothing owned.
 struct WeightView {
   Format format = Format::kF32;
-  Grid grid = Grid::kInt;                 // kQ4
+  Grid grid = Grid::kInt;  // kQ4
   int64_t n = 0, k = 0;
-  int64_t group = 0;                      // kQ4, kQ8: columns sharing a scale; the last group may be short
-  const uint8_t* data = nullptr;          // (n) rows, row_bytes(format, k) apart; unused when rows is set
-  const uint8_t* const* rows = nullptr;   // (n) row pointers: stacked or re-ordered rows of a mapped file
-  const uint16_t* scales = nullptr;       // (n, ceil(k/group)) fp16 bits; kQ4, kQ8
+  int64_t group = 0;                     // kQ4, kQ8: columns sharing a scale; the last group may be short
+  const uint8_t* data = nullptr;         // (n) rows, row_bytes(format, k) apart; unused when rows is set
+  const uint8_t* const* rows = nullptr;  // (n) row pointers: stacked or re-ordered rows of a mapped file
+  const uint16_t* scales = nullptr;      // (n, ceil(k/group)) fp16 bits; kQ4, kQ8
 
   const uint8_t* row(int64_t i) const { return rows ? rows[i] : data + i * row_bytes(format, k); }
   int64_t groups() const { return ceil_div(k, group); }
@@ -55,7 +55,9 @@ struct WeightView {
 // Share of one thread in an operation. Every kernel's result is the same bits for every count.
 struct Part {
   int index = 0, count = 1;
-  struct Range { int64_t begin, end; };
+  struct Range {
+    int64_t begin, end;
+  };
   // The share of n items cut into chunks of `grain`, so that where a chunk starts does not depend on count.
   Range of(int64_t n, int64_t grain = 1) const {
     const int64_t chunks = ceil_div(n, grain);

@@ -43,10 +43,8 @@ __device__ __forceinline__ float weight_value(const DeviceMatrix& m, int64_t n, 
   if (m.tiled) return tile_value(m.tiles, n, j);
   const int64_t i = n * m.view.k + j;
   switch (m.view.format) {
-    case Format::kF32:
-      return reinterpret_cast<const float*>(m.view.data)[i];
-    case Format::kF16:
-      return __half2float(reinterpret_cast<const __half*>(m.view.data)[i]);
+    case Format::kF32: return reinterpret_cast<const float*>(m.view.data)[i];
+    case Format::kF16: return __half2float(reinterpret_cast<const __half*>(m.view.data)[i]);
     default:  // kBF16
       return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(m.view.data)[i]);
   }

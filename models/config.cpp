@@ -68,18 +68,21 @@ std::string text(const Json& j, const char* key, const std::string& fallback) {
 
 // Every relation between the numbers that the engine relies on.
 void check(const LlamaConfig& c, Problems& problems) {
-  const std::pair<const char*, int64_t> counts[] = {
-      {"hidden size", c.dim},     {"intermediate size", c.hidden}, {"layers", c.layers},   {"heads", c.heads},
-      {"kv heads", c.kv_heads},   {"head dim", c.head_dim},        {"vocabulary", c.vocab}, {"context", c.context}};
+  const std::pair<const char*, int64_t> counts[] = {{"hidden size", c.dim},   {"intermediate size", c.hidden},
+                                                    {"layers", c.layers},     {"heads", c.heads},
+                                                    {"kv heads", c.kv_heads}, {"head dim", c.head_dim},
+                                                    {"vocabulary", c.vocab},  {"context", c.context}};
   bool ok = true;
   for (const auto& [name, value] : counts) {
     if (value >= 1 && value <= kMaxDim) continue;
-    problems.add(std::string(name) + " is " + std::to_string(value) + ", expected 1.." + std::to_string(kMaxDim));
+    problems.add(std::string(name) + " is " + std::to_string(value) + ", expected 1.." +
+                 std::to_string(kMaxDim));
     ok = false;
   }
   if (!ok) return;
   if (c.heads % c.kv_heads != 0)
-    problems.add("heads " + std::to_string(c.heads) + " is no multiple of kv heads " + std::to_string(c.kv_heads));
+    problems.add("heads " + std::to_string(c.heads) + " is no multiple of kv heads " +
+                 std::to_string(c.kv_heads));
   if (c.head_dim % 2 != 0 || c.head_dim > 1024)
     problems.add("head dim " + std::to_string(c.head_dim) + ", expected an even number up to 1024");
   if (!(c.eps >= 0 && c.eps < 1)) problems.add("rms norm eps " + std::to_string(c.eps) + ", expected 0..1");
@@ -87,7 +90,8 @@ void check(const LlamaConfig& c, Problems& problems) {
     problems.add("rope theta " + std::to_string(c.rope_theta) + ", expected a positive number");
   const RopeScaling& s = c.scaling;
   if (!(s.factor > 0 && std::isfinite(s.factor)) || !(s.low_freq_factor > 0) ||
-      (s.kind == RopeScaling::Kind::kLlama3 && (!(s.high_freq_factor > s.low_freq_factor) || s.original_context < 1)))
+      (s.kind == RopeScaling::Kind::kLlama3 &&
+       (!(s.high_freq_factor > s.low_freq_factor) || s.original_context < 1)))
     problems.add("rope scaling factors are out of range");
 }
 
@@ -154,7 +158,8 @@ LlamaConfig config_from_hf(const std::string& config_json, const std::string& wh
     else
       problems.add(std::string(key) + " is not an object");
   }
-  if (number(j, "partial_rotary_factor", 1, problems) != 1) problems.add("partial_rotary_factor is not supported");
+  if (number(j, "partial_rotary_factor", 1, problems) != 1)
+    problems.add("partial_rotary_factor is not supported");
   check(c, problems);
   problems.throw_if_any(where);
   return c;
@@ -237,10 +242,12 @@ LlamaConfig config_from_q4s(const std::string& config_json, const std::string& w
   c.rotated = boolean(j, "rotated", false, problems);
   if (present(j, "rope_scaling")) {
     const Json& s = j.at("rope_scaling");
-    if (s.is_object() && text(s, "rope_type", "") == "factors" && present(s, "factors") && s.at("factors").is_array()) {
+    if (s.is_object() && text(s, "rope_type", "") == "factors" && present(s, "factors") &&
+        s.at("factors").is_array()) {
       c.scaling.kind = RopeScaling::Kind::kFactors;
       for (const Json& v : s.at("factors")) c.scaling.factors.push_back(v.is_number() ? v.get<float>() : 0.f);
-      if (int64_t(c.scaling.factors.size()) != c.head_dim / 2) problems.add("rope_scaling: number of factors");
+      if (int64_t(c.scaling.factors.size()) != c.head_dim / 2)
+        problems.add("rope_scaling: number of factors");
       for (const float x : c.scaling.factors)
         if (!(x > 0 && std::isfinite(x))) problems.add("rope_scaling: a factor is not positive");
     } else if (s.is_object()) {
@@ -255,27 +262,32 @@ LlamaConfig config_from_q4s(const std::string& config_json, const std::string& w
 }
 
 std::string config_to_json(const LlamaConfig& c) {
-  Json j = {{"architecture", "llama"}, {"dim", c.dim},         {"hidden", c.hidden}, {"layers", c.layers},
-            {"heads", c.heads},        {"kv_heads", c.kv_heads}, {"head_dim", c.head_dim}, {"vocab", c.vocab},
-            {"context", c.context},    {"eps", c.eps},         {"rope_theta", c.rope_theta}, {"tied", c.tied},
-            {"rotated", c.rotated}};
+  Json j = {
+      {"architecture", "llama"}, {"dim", c.dim},           {"hidden", c.hidden},         {"layers", c.layers},
+      {"heads", c.heads},        {"kv_heads", c.kv_heads}, {"head_dim", c.head_dim},     {"vocab", c.vocab},
+      {"context", c.context},    {"eps", c.eps},           {"rope_theta", c.rope_theta}, {"tied", c.tied},
+      {"rotated", c.rotated}};
   const RopeScaling& s = c.scaling;
-  if (s.kind == RopeScaling::Kind::kLinear) j["rope_scaling"] = {{"rope_type", "linear"}, {"factor", s.factor}};
+  if (s.kind == RopeScaling::Kind::kLinear)
+    j["rope_scaling"] = {{"rope_type", "linear"}, {"factor", s.factor}};
   if (s.kind == RopeScaling::Kind::kLlama3)
     j["rope_scaling"] = {{"rope_type", "llama3"},
                          {"factor", s.factor},
                          {"low_freq_factor", s.low_freq_factor},
                          {"high_freq_factor", s.high_freq_factor},
                          {"original_max_position_embeddings", s.original_context}};
-  if (s.kind == RopeScaling::Kind::kFactors) j["rope_scaling"] = {{"rope_type", "factors"}, {"factors", s.factors}};
+  if (s.kind == RopeScaling::Kind::kFactors)
+    j["rope_scaling"] = {{"rope_type", "factors"}, {"factors", s.factors}};
   return j.dump();
 }
 
 LlamaConfig config_of_shape(const std::string& name) {
   LlamaConfig c;
   c.context = 131072;  // random weights: any depth may be measured
-  const auto set = [&](int64_t dim, int64_t hidden, int64_t layers, int64_t heads, int64_t kv_heads, int64_t vocab) {
-    c.dim = dim, c.hidden = hidden, c.layers = layers, c.heads = heads, c.kv_heads = kv_heads, c.vocab = vocab;
+  const auto set = [&](int64_t dim, int64_t hidden, int64_t layers, int64_t heads, int64_t kv_heads,
+                       int64_t vocab) {
+    c.dim = dim, c.hidden = hidden, c.layers = layers, c.heads = heads, c.kv_heads = kv_heads,
+    c.vocab = vocab;
     c.head_dim = dim / heads;
     return c;
   };
@@ -284,12 +296,12 @@ LlamaConfig config_of_shape(const std::string& name) {
   if (name == "llama-2-70b") return set(8192, 28672, 80, 64, 8, 32000);
   if (name == "llama-3-8b") return set(4096, 14336, 32, 32, 8, 128256);
   if (name == "tinyllama") return set(2048, 5632, 22, 32, 4, 32000);
-  throw Error(ErrorKind::kUsage, "shape '" + name +
-              "': expected llama-2-7b, llama-3-8b, llama-2-13b, llama-2-70b or tinyllama");
+  throw Error(ErrorKind::kUsage,
+              "shape '" + name + "': expected llama-2-7b, llama-3-8b, llama-2-13b, llama-2-70b or tinyllama");
 }
 
-// Llama-3 scaling as Meta published it: long wavelengths are slowed by `factor`, short ones kept, between them a
-// linear blend in original_context / wavelength.
+// Llama-3 scaling as Meta published it: long wavelengths are slowed by `factor`, short ones kept, between
+// them a linear blend in original_context / wavelength.
 static double scaled_frequency(const RopeScaling& s, int64_t i, double freq) {
   switch (s.kind) {
     case RopeScaling::Kind::kNone: return freq;
@@ -308,7 +320,8 @@ std::vector<float> rope_table(const LlamaConfig& c, int64_t rows) {
   const int64_t half = c.head_dim / 2;
   std::vector<double> frequency(static_cast<size_t>(half));
   for (int64_t i = 0; i < half; ++i)
-    frequency[size_t(i)] = scaled_frequency(c.scaling, i, std::pow(c.rope_theta, -2.0 * double(i) / double(c.head_dim)));
+    frequency[size_t(i)] =
+        scaled_frequency(c.scaling, i, std::pow(c.rope_theta, -2.0 * double(i) / double(c.head_dim)));
   std::vector<float> table(size_t(rows * c.head_dim));
   for (int64_t p = 0; p < rows; ++p) {
     for (int64_t i = 0; i < half; ++i) {

@@ -1,6 +1,6 @@
-// The shape and settings of a LLaMA-family model, from config.json, GGUF metadata or a .q4s header. Everything that
-// is not supported (other architectures, biases, a sliding window in use, unknown rope types) is refused here, all
-// mismatches in one error.
+// The shape and settings of a LLaMA-family model, from config.json, GGUF metadata or a .q4s header.
+// Everything that is not supported (other architectures, biases, a sliding window in use, unknown rope types)
+// is refused here, all mismatches in one error.
 #pragma once
 #include <cstdint>
 #include <string>

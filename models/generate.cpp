@@ -11,16 +11,11 @@ namespace q4s {
 
 const char* reason_text(StopReason reason) {
   switch (reason) {
-    case StopReason::kEos:
-      return "eos";
-    case StopReason::kStop:
-      return "stop";
-    case StopReason::kLength:
-      return "length";
-    case StopReason::kContext:
-      return "context";
-    case StopReason::kInterrupted:
-      return "interrupted";
+    case StopReason::kEos: return "eos";
+    case StopReason::kStop: return "stop";
+    case StopReason::kLength: return "length";
+    case StopReason::kContext: return "context";
+    case StopReason::kInterrupted: return "interrupted";
   }
   return "";
 }

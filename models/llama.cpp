@@ -5,12 +5,13 @@ namespace q4s {
 namespace {
 
 // x += Wo attention(rope(Wqkv norm(x)));  x += Wdown swiglu(Wgate_up norm(x))
-Tensor* add_block(Graph& g, const LlamaConfig& c, const LlamaBlock& b, const Weight& rope, const Inputs& in, int layer,
-                  Tensor* x, bool fused) {
+Tensor* add_block(Graph& g, const LlamaConfig& c, const LlamaBlock& b, const Weight& rope, const Inputs& in,
+                  int layer, Tensor* x, bool fused) {
   const HeadShape head{layer, c.heads, c.kv_heads, c.head_dim};
   Tensor &position = *in.position, &sequence = *in.sequence;
-  Tensor& q = fused ? g.norm_linear_rope_kv(*x, b.attn_norm, c.eps, b.qkv, rope, position, sequence, head)
-                    : g.rope_kv(g.linear(g.rms_norm(*x, b.attn_norm, c.eps), b.qkv), rope, position, sequence, head);
+  Tensor& q =
+      fused ? g.norm_linear_rope_kv(*x, b.attn_norm, c.eps, b.qkv, rope, position, sequence, head)
+            : g.rope_kv(g.linear(g.rms_norm(*x, b.attn_norm, c.eps), b.qkv), rope, position, sequence, head);
   x = &g.linear(g.attention(q, position, sequence, head), b.o, x);
   Tensor& h = fused ? g.norm_linear_swiglu(*x, b.mlp_norm, c.eps, b.gate_up)
                     : g.swiglu(g.linear(g.rms_norm(*x, b.mlp_norm, c.eps), b.gate_up));
@@ -68,7 +69,8 @@ void fill_rope(LlamaModel& m, int64_t ctx) {
 std::vector<Weight*> all_weights(LlamaWeights& w) {
   std::vector<Weight*> all = {&w.embed, &w.final_norm, &w.rope};
   for (LlamaBlock& blk : w.blocks)
-    for (Weight* x : {&blk.attn_norm, &blk.qkv, &blk.o, &blk.mlp_norm, &blk.gate_up, &blk.down}) all.push_back(x);
+    for (Weight* x : {&blk.attn_norm, &blk.qkv, &blk.o, &blk.mlp_norm, &blk.gate_up, &blk.down})
+      all.push_back(x);
   for (Weight* x : {&w.head, &w.rotation_signs, &w.rotation_factor})
     if (x->view.n) all.push_back(x);
   return all;

@@ -30,7 +30,7 @@ struct LlamaBlock {
 void set_row_roles(LlamaBlock&, const LlamaConfig&);
 
 struct LlamaWeights {
-  Weight embed;       // (V, D)
+  Weight embed;  // (V, D)
   std::vector<LlamaBlock> blocks;
   Weight final_norm;  // (D)
   Weight head;        // (V, D); empty where tied: the graph then uses embed
@@ -55,18 +55,19 @@ struct Range {
 };
 
 // Adds the nodes of a range. embed iff first == 0, head iff last == layers. Fills `in`. Returns the
-// last node, marked keep: logits (R, V) or the residual stream (T, D). Cache layer l of the graph is block first+l.
-// fused: for a backend that asks for it (Backend::fuses), when no observer wants to see the inputs of each linear.
+// last node, marked keep: logits (R, V) or the residual stream (T, D). Cache layer l of the graph is block
+// first+l. fused: for a backend that asks for it (Backend::fuses), when no observer wants to see the inputs
+// of each linear.
 Tensor& build_llama(Graph&, const LlamaConfig&, const LlamaWeights&, Inputs& in, Range r, bool fused = false);
 
-// A model ready to be run or quantised: everything is mapped, nothing unpacked. Opened from a Hugging Face folder,
-// a GGUF file or a .q4s file, recognised by content.
+// A model ready to be run or quantised: everything is mapped, nothing unpacked. Opened from a Hugging Face
+// folder, a GGUF file or a .q4s file, recognised by content.
 struct LlamaModel {
   std::string path, kind;  // kind: "hf", "gguf", "q4s", "random"
   LlamaConfig config;
   LlamaWeights weights;
-  std::shared_ptr<const Tokenizer> tokenizer;  // null for random weights
-  std::string provenance;                      // JSON text of a .q4s, else empty
+  std::shared_ptr<const Tokenizer> tokenizer;      // null for random weights
+  std::string provenance;                          // JSON text of a .q4s, else empty
   std::vector<std::shared_ptr<const void>> files;  // keep mapped files alive
 
   bool packed() const { return weights.blocks.at(0).o.view.format == Format::kQ4; }
@@ -76,8 +77,8 @@ struct LlamaModel {
 // Throws Error(kInput): missing, extra and misshapen tensors are listed all at once.
 LlamaModel open_llama(const std::string& path);
 
-// Random weights of a shape, seeded: linears kF32, kF16 or kQ4 (groups of `group`), embedding and head likewise or
-// kQ8 (groups of 64). No tokenizer. Throws Error(kUsage) for other formats.
+// Random weights of a shape, seeded: linears kF32, kF16 or kQ4 (groups of `group`), embedding and head
+// likewise or kQ8 (groups of 64). No tokenizer. Throws Error(kUsage) for other formats.
 LlamaModel random_llama(const LlamaConfig&, uint64_t seed, Format linears, int64_t group, Format head);
 
 void fill_rope(LlamaModel&, int64_t ctx);

@@ -1,5 +1,6 @@
-// Opens a model from a Hugging Face folder, a GGUF file or a .q4s file: maps the file, checks every tensor against
-// the config, and stacks wq|wk|wv and gate|up by row pointers, so that unquantised weights are never copied.
+// Opens a model from a Hugging Face folder, a GGUF file or a .q4s file: maps the file, checks every tensor
+// against the config, and stacks wq|wk|wv and gate|up by row pointers, so that unquantised weights are never
+// copied.
 #include <cstring>
 #include <functional>
 #include <set>
@@ -20,24 +21,30 @@ namespace {
 struct Names {
   const char *embed, *final_norm, *head, *attn_norm, *q, *k, *v, *o, *mlp_norm, *gate, *up, *down;
 };
-constexpr Names kHf = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
-                       "model.layers.%.input_layernorm.weight", "model.layers.%.self_attn.q_proj.weight",
-                       "model.layers.%.self_attn.k_proj.weight", "model.layers.%.self_attn.v_proj.weight",
-                       "model.layers.%.self_attn.o_proj.weight", "model.layers.%.post_attention_layernorm.weight",
-                       "model.layers.%.mlp.gate_proj.weight", "model.layers.%.mlp.up_proj.weight",
+constexpr Names kHf = {"model.embed_tokens.weight",
+                       "model.norm.weight",
+                       "lm_head.weight",
+                       "model.layers.%.input_layernorm.weight",
+                       "model.layers.%.self_attn.q_proj.weight",
+                       "model.layers.%.self_attn.k_proj.weight",
+                       "model.layers.%.self_attn.v_proj.weight",
+                       "model.layers.%.self_attn.o_proj.weight",
+                       "model.layers.%.post_attention_layernorm.weight",
+                       "model.layers.%.mlp.gate_proj.weight",
+                       "model.layers.%.mlp.up_proj.weight",
                        "model.layers.%.mlp.down_proj.weight"};
-constexpr Names kGguf = {"token_embd.weight", "output_norm.weight", "output.weight", "blk.%.attn_norm.weight",
-                         "blk.%.attn_q.weight", "blk.%.attn_k.weight", "blk.%.attn_v.weight",
-                         "blk.%.attn_output.weight", "blk.%.ffn_norm.weight", "blk.%.ffn_gate.weight",
-                         "blk.%.ffn_up.weight", "blk.%.ffn_down.weight"};
+constexpr Names kGguf = {"token_embd.weight",      "output_norm.weight",       "output.weight",
+                         "blk.%.attn_norm.weight", "blk.%.attn_q.weight",      "blk.%.attn_k.weight",
+                         "blk.%.attn_v.weight",    "blk.%.attn_output.weight", "blk.%.ffn_norm.weight",
+                         "blk.%.ffn_gate.weight",  "blk.%.ffn_up.weight",      "blk.%.ffn_down.weight"};
 
 std::string block_name(const char* pattern, int64_t block) {
   std::string s(pattern);
   return s.replace(s.find('%'), 1, std::to_string(block));
 }
 
-// Row i of a head in file order for row j of the head as the engine wants it. GGUF files store the rows of q and k
-// so that rope's pairs are neighbours; the engine pairs i with i + head_dim/2.
+// Row i of a head in file order for row j of the head as the engine wants it. GGUF files store the rows of q
+// and k so that rope's pairs are neighbours; the engine pairs i with i + head_dim/2.
 int64_t gguf_rope_row(int64_t row, int64_t head_dim) {
   const int64_t head = row / head_dim, i = row % head_dim, half = head_dim / 2;
   return head * head_dim + (i < half ? 2 * i : 2 * (i - half) + 1);
@@ -68,7 +75,8 @@ class Checkpoint {
     for (const FileTensor& t : all)
       if (!used_.contains(t.name) && !t.name.ends_with(".rotary_emb.inv_freq"))
         problems_ += "\n  " + in_quotes(t.name) + ": not a tensor of a LLaMA";
-    if (!problems_.empty()) throw Error(ErrorKind::kInput, where + ": tensors do not fit the config:" + problems_);
+    if (!problems_.empty())
+      throw Error(ErrorKind::kInput, where + ": tensors do not fit the config:" + problems_);
   }
 
  private:
@@ -127,8 +135,8 @@ Weight stacked(std::string name, std::initializer_list<StackPart> parts) {
   return w;
 }
 
-void read_checkpoint(LlamaModel& m, const Names& names, Checkpoint::Find find, std::span<const FileTensor> all,
-                     int64_t rope_head_dim) {
+void read_checkpoint(LlamaModel& m, const Names& names, Checkpoint::Find find,
+                     std::span<const FileTensor> all, int64_t rope_head_dim) {
   const LlamaConfig& c = m.config;
   Checkpoint file(std::move(find));
   LlamaWeights& w = m.weights;
@@ -145,7 +153,8 @@ void read_checkpoint(LlamaModel& m, const Names& names, Checkpoint::Find find, s
                                   {get(names.v, {c.kv_dim(), c.dim}), 0}});
     b.o = plain(blk + "o", get(names.o, {c.dim, c.q_dim()}));
     b.mlp_norm = vector_f32(blk + "mlp_norm", get(names.mlp_norm, {c.dim}));
-    b.gate_up = stacked(blk + "gate_up", {{get(names.gate, {c.hidden, c.dim}), 0}, {get(names.up, {c.hidden, c.dim}), 0}});
+    b.gate_up = stacked(blk + "gate_up",
+                        {{get(names.gate, {c.hidden, c.dim}), 0}, {get(names.up, {c.hidden, c.dim}), 0}});
     b.down = plain(blk + "down", get(names.down, {c.dim, c.hidden}));
     set_row_roles(b, c);
     w.blocks.push_back(std::move(b));
@@ -169,7 +178,8 @@ LlamaModel open_hf(const std::string& path) {
   m.path = path, m.kind = "hf";
   m.config = config_from_hf(read_text(path + "/config.json"), path + "/config.json");
   auto file = std::make_shared<const Safetensors>(Safetensors::open(path));
-  read_checkpoint(m, kHf, [&](const std::string& n) { return file->find(n); }, file->tensors(), 0);
+  read_checkpoint(
+      m, kHf, [&](const std::string& n) { return file->find(n); }, file->tensors(), 0);
   m.files.push_back(file);
   m.tokenizer = Tokenizer::from_folder(path);
   return m;
@@ -180,7 +190,8 @@ LlamaModel open_gguf(const std::string& path) {
   m.path = path, m.kind = "gguf";
   auto file = std::make_shared<const Gguf>(Gguf::open(path));
   m.config = config_from_gguf(*file, path);
-  read_checkpoint(m, kGguf, [&](const std::string& n) { return file->find(n); }, file->tensors(), m.config.head_dim);
+  read_checkpoint(
+      m, kGguf, [&](const std::string& n) { return file->find(n); }, file->tensors(), m.config.head_dim);
   m.files.push_back(file);
   m.tokenizer = Tokenizer::from_gguf(gguf_vocab(*file));
   return m;
@@ -203,7 +214,8 @@ LlamaModel open_q4s(const std::string& path) {
     if (!t) {
       problems += "\n  " + name + ": missing";
     } else if (t->view.n != n || t->view.k != k) {
-      problems += "\n  " + name + ": shape " + shape_text({t->view.n, t->view.k}) + ", expected " + shape_text({n, k});
+      problems += "\n  " + name + ": shape " + shape_text({t->view.n, t->view.k}) + ", expected " +
+                  shape_text({n, k});
     } else if (vector && t->view.format != Format::kF32) {
       problems += "\n  " + name + ": format " + format_name(t->view.format) + ", expected f32";
     } else {

@@ -1,5 +1,5 @@
-// Random weights of a shape, for speed measurements and tests. Nothing is filled here: a backend makes the values
-// where it keeps its weights (kernels/random_weight.h).
+// Random weights of a shape, for speed measurements and tests. Nothing is filled here: a backend makes the
+// values where it keeps its weights (kernels/random_weight.h).
 #include "models/llama.h"
 #include "runtime/checksum.h"
 #include "runtime/error.h"
@@ -35,9 +35,12 @@ LlamaModel random_llama(const LlamaConfig& c, uint64_t seed, Format linears, int
   m.weights.embed = random_matrix("embed", c.vocab, c.dim, head, head_group, seed);
   for (int64_t l = 0; l < c.layers; ++l) {
     const std::string blk = "blk." + std::to_string(l) + ".";
-    LlamaBlock b{ones(blk + "attn_norm"), matrix(blk + "qkv", c.qkv_dim(), c.dim),
-                 matrix(blk + "o", c.dim, c.q_dim()), ones(blk + "mlp_norm"),
-                 matrix(blk + "gate_up", 2 * c.hidden, c.dim), matrix(blk + "down", c.dim, c.hidden)};
+    LlamaBlock b{ones(blk + "attn_norm"),
+                 matrix(blk + "qkv", c.qkv_dim(), c.dim),
+                 matrix(blk + "o", c.dim, c.q_dim()),
+                 ones(blk + "mlp_norm"),
+                 matrix(blk + "gate_up", 2 * c.hidden, c.dim),
+                 matrix(blk + "down", c.dim, c.hidden)};
     set_row_roles(b, c);
     m.weights.blocks.push_back(std::move(b));
   }

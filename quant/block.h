@@ -1,5 +1,5 @@
-// A block as the quantiser sees it: four linears, each the unit of a Hessian, of a group and of a number of bits in
-// the file. And its weights as f32 in host memory.
+// A block as the quantiser sees it: four linears, each the unit of a Hessian, of a group and of a number of
+// bits in the file. And its weights as f32 in host memory.
 #pragma once
 #include <string>
 #include <vector>

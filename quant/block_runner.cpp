@@ -26,7 +26,8 @@ BlockRunner::BlockRunner(const LlamaConfig& c, Backend& backend, WeightWork& wor
   assert(sequences >= 1);
   const std::vector<float> ones(c.dim, 1.0f);
   set_norms({ones, ones});
-  for (Unit u : kUnits) unit_weight(block_, u) = work.make(unit_name(0, u), unit_rows(c, u), unit_columns(c, u));
+  for (Unit u : kUnits)
+    unit_weight(block_, u) = work.make(unit_name(0, u), unit_rows(c, u), unit_columns(c, u));
   set_row_roles(block_, c);
   for (int64_t t = 0; t < sequences * seq_len; ++t) {
     position_.push_back(int32_t(t % seq_len));

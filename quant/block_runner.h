@@ -14,10 +14,10 @@ namespace q4s {
 
 class BlockRunner {
  public:
-  // chunk: tokens of a call at most, whole sequences of seq_len. `rope` and `work` must outlive the runner. Two runners
-  // of one shape may share their working memory.
-  BlockRunner(const LlamaConfig&, Backend&, WeightWork& work, const Weight& rope, int64_t seq_len, int64_t chunk,
-              const BlockRunner* share = nullptr);
+  // chunk: tokens of a call at most, whole sequences of seq_len. `rope` and `work` must outlive the runner.
+  // Two runners of one shape may share their working memory.
+  BlockRunner(const LlamaConfig&, Backend&, WeightWork& work, const Weight& rope, int64_t seq_len,
+              int64_t chunk, const BlockRunner* share = nullptr);
   ~BlockRunner();
 
   // What the block computes with from now on; each stays until replaced.

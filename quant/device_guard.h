@@ -13,7 +13,8 @@ auto device_guarded(const char* what, const Fn& fn) {
     return fn();
   } catch (const CudaError& e) {
     const bool memory = e.code == cudaErrorMemoryAllocation;
-    throw Error(memory ? ErrorKind::kResource : ErrorKind::kRuntime, std::string("GPU: ") + what + ": " + e.what());
+    throw Error(memory ? ErrorKind::kResource : ErrorKind::kRuntime,
+                std::string("GPU: ") + what + ": " + e.what());
   } catch (const Error&) {
     throw;
   } catch (const std::runtime_error& e) {

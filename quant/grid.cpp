@@ -11,18 +11,12 @@ constexpr const char* kNames[] = {"asym", "sym7", "sym8", "half", "signed", "int
 
 Levels grid_levels(GridKind kind) {
   switch (kind) {
-    case GridKind::kSym7:
-      return {0.0f, -7, 7, 8, 7.0f, false};
-    case GridKind::kSym8:
-      return {0.0f, -8, 7, 8, 7.5f, false};
-    case GridKind::kHalf:
-      return {0.5f, -8, 7, 8, 7.5f, false};
-    case GridKind::kSigned:
-      return {0.0f, -8, 7, 8, 8.0f, true};
-    case GridKind::kInt8:
-      return {0.0f, -127, 127, 128, 127.0f, false};
-    case GridKind::kAsym:
-      break;
+    case GridKind::kSym7: return {0.0f, -7, 7, 8, 7.0f, false};
+    case GridKind::kSym8: return {0.0f, -8, 7, 8, 7.5f, false};
+    case GridKind::kHalf: return {0.5f, -8, 7, 8, 7.5f, false};
+    case GridKind::kSigned: return {0.0f, -8, 7, 8, 8.0f, true};
+    case GridKind::kInt8: return {0.0f, -127, 127, 128, 127.0f, false};
+    case GridKind::kAsym: break;
   }
   assert(!"the asymmetric grid has no scale-only levels");
   return {};

@@ -87,7 +87,8 @@ PackedWeight pack_table(const Weight& w, Format format, const std::vector<float>
         }
         continue;
       }
-      const PackedWeight slab = pack(round_to_nearest(values.data(), ones.data(), rows, k, o, one_thread_team));
+      const PackedWeight slab =
+          pack(round_to_nearest(values.data(), ones.data(), rows, k, o, one_thread_team));
       std::copy(slab.data.begin(), slab.data.end(), out);
       std::copy(slab.scales.begin(), slab.scales.end(), &p.scales[first * groups]);
     }

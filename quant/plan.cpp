@@ -32,10 +32,11 @@ void show_plan(const LlamaModel& m, const QuantizeOptions& o, int64_t samples, i
   log_info("file        %s", bytes_text(double(c.linear_weights()) * bits / 8 + table).c_str());
   for (const bool gpu : {false, true}) {
     const QuantizePlan p = plan_quantize(c, o, samples, seq_len, gpu);
-    log_info("memory, %s %s: weights %s, Hessian %s, working %s, activations %s, forward %s", gpu ? "GPU" : "CPU",
-             bytes_text(double(p.total())).c_str(), bytes_text(double(p.weights)).c_str(),
-             bytes_text(double(p.hessian)).c_str(), bytes_text(double(p.working)).c_str(),
-             bytes_text(double(p.activations)).c_str(), bytes_text(double(p.forward)).c_str());
+    log_info("memory, %s %s: weights %s, Hessian %s, working %s, activations %s, forward %s",
+             gpu ? "GPU" : "CPU", bytes_text(double(p.total())).c_str(),
+             bytes_text(double(p.weights)).c_str(), bytes_text(double(p.hessian)).c_str(),
+             bytes_text(double(p.working)).c_str(), bytes_text(double(p.activations)).c_str(),
+             bytes_text(double(p.forward)).c_str());
   }
   if (samples) {
     log_info("calibration %lld x %lld tokens, %s", (long long)samples, (long long)seq_len,
@@ -44,17 +45,20 @@ void show_plan(const LlamaModel& m, const QuantizeOptions& o, int64_t samples, i
   }
 }
 
-void require_memory(const LlamaModel& m, const Backend& b, const QuantizeOptions& o, int64_t samples, int64_t seq_len) {
+void require_memory(const LlamaModel& m, const Backend& b, const QuantizeOptions& o, int64_t samples,
+                    int64_t seq_len) {
   const QuantizePlan p = plan_quantize(m.config, o, samples, seq_len, b.name() == "cuda");
   const std::optional<size_t> free = b.free_bytes();
   if (!free || size_t(p.total()) <= *free) return;
-  throw Error(ErrorKind::kResource,
-              strprintf("out of memory on %s: weights %s, Hessian %s, working %s, activations %s, forward %s, in all %s; "
-                        "free: %s. Fewer --samples need less, or --device cpu",
-                        b.describe().c_str(), bytes_text(double(p.weights)).c_str(), bytes_text(double(p.hessian)).c_str(),
-                        bytes_text(double(p.working)).c_str(), bytes_text(double(p.activations)).c_str(),
-                        bytes_text(double(p.forward)).c_str(), bytes_text(double(p.total())).c_str(),
-                        bytes_text(double(*free)).c_str()));
+  throw Error(
+      ErrorKind::kResource,
+      strprintf(
+          "out of memory on %s: weights %s, Hessian %s, working %s, activations %s, forward %s, in all %s; "
+          "free: %s. Fewer --samples need less, or --device cpu",
+          b.describe().c_str(), bytes_text(double(p.weights)).c_str(), bytes_text(double(p.hessian)).c_str(),
+          bytes_text(double(p.working)).c_str(), bytes_text(double(p.activations)).c_str(),
+          bytes_text(double(p.forward)).c_str(), bytes_text(double(p.total())).c_str(),
+          bytes_text(double(*free)).c_str()));
 }
 
 }  // namespace q4s

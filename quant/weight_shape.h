@@ -16,8 +16,8 @@ struct WeightShape {
 };
 WeightShape weight_shape(const float* w, int64_t count, const Team&);
 
-// The same from sums made elsewhere: pass(p, mean, sd) are those of pass p (kernels/weight_steps.h) over all pieces
-// of the count > 0 weights. Added up in order.
+// The same from sums made elsewhere: pass(p, mean, sd) are those of pass p (kernels/weight_steps.h) over all
+// pieces of the count > 0 weights. Added up in order.
 using ShapePass = std::function<std::vector<ShapeSums>(int pass, double mean, double sd)>;
 WeightShape weight_shape(int64_t count, const ShapePass& pass);
 

@@ -5,8 +5,8 @@
 
 namespace q4s {
 
-// The stream on which the backend runs everything: work put there is ordered with its graphs, reads and writes.
-// Throws Error(kRuntime) where b is another backend.
+// The stream on which the backend runs everything: work put there is ordered with its graphs, reads and
+// writes. Throws Error(kRuntime) where b is another backend.
 cudaStream_t cuda_stream(Backend& b);
 
 }  // namespace q4s

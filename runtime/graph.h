@@ -16,7 +16,8 @@ class Graph {
 
   Tensor& input(std::string name, Rows rows, int64_t cols, Type type);
   Tensor& embed(Tensor& ids, const Weight& table);
-  Tensor& gather(Tensor& x, Tensor& index);  // rows of x named by index (outputs): the rows whose logits are wanted
+  Tensor& gather(Tensor& x,
+                 Tensor& index);  // rows of x named by index (outputs): the rows whose logits are wanted
   Tensor& rms_norm(Tensor& x, const Weight& gain, float eps);
   Tensor& linear(Tensor& x, const Weight& w, Tensor* residual = nullptr);
   // qkv (T, (H + 2 Hkv) hd) -> q (T, H hd); appends k and v to the cache.
@@ -29,12 +30,12 @@ class Graph {
   // (Backend::fuses). The same result, fewer passes; an observer then sees fewer nodes.
   Tensor& norm_linear(Tensor& x, const Weight& gain, float eps, const Weight& w);
   Tensor& norm_linear_swiglu(Tensor& x, const Weight& gain, float eps, const Weight& gate_up);
-  Tensor& norm_linear_rope_kv(Tensor& x, const Weight& gain, float eps, const Weight& qkv, const Weight& table,
-                              Tensor& position, Tensor& sequence, HeadShape);
+  Tensor& norm_linear_rope_kv(Tensor& x, const Weight& gain, float eps, const Weight& qkv,
+                              const Weight& table, Tensor& position, Tensor& sequence, HeadShape);
 
   Counts max() const { return max_; }
   std::span<const std::unique_ptr<Tensor>> nodes() const { return nodes_; }  // in order of execution
-  Tensor* find(std::string_view name) const;                               // null where there is none
+  Tensor* find(std::string_view name) const;                                 // null where there is none
 
   // Bytes of arena for the largest counts. Inputs and kept tensors live through the whole step.
   size_t plan();

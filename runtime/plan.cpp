@@ -25,7 +25,8 @@ size_t plan_arena(std::vector<Lifetime>& items) {
     item.offset = at;
     total = std::max(total, at + bytes);
     placed.insert(std::upper_bound(placed.begin(), placed.end(), i,
-                                   [&](int a, int b) { return items[a].offset < items[b].offset; }), i);
+                                   [&](int a, int b) { return items[a].offset < items[b].offset; }),
+                  i);
   }
   return total;
 }

@@ -35,8 +35,8 @@ class Sampler {
   // else of id. Throws Error(kRuntime) if one is NaN or infinite: no token may be made up from them.
   int32_t sample(std::span<const float> logits);
 
-  // For a device that draws by the same rules: what it needs to go on from here, and the way back. drew() stands for
-  // sample() and accept() of its result.
+  // For a device that draws by the same rules: what it needs to go on from here, and the way back. drew()
+  // stands for sample() and accept() of its result.
   const SamplerOptions& options() const { return options_; }
   uint64_t sequence() const { return sequence_; }
   uint64_t step() const { return step_; }

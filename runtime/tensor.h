@@ -1,6 +1,7 @@
-// A tensor is a node of the graph: the operation that makes it, its sources, and where its rows live once planned.
-// All activations are row-major (rows, cols) f32; inputs may be i32. Rows are counted at run time: tokens of the
-// step, or rows whose logits are wanted; a graph is planned for the largest counts and run with any smaller ones.
+// A tensor is a node of the graph: the operation that makes it, its sources, and where its rows live once
+// planned. All activations are row-major (rows, cols) f32; inputs may be i32. Rows are counted at run time:
+// tokens of the step, or rows whose logits are wanted; a graph is planned for the largest counts and run with
+// any smaller ones.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -37,20 +38,20 @@ struct Tensor {
   Rows rows = Rows::kTokens;
   int64_t cols = 0;
   std::string name;
-  std::array<Tensor*, 3> src{};       // activations and positions, in the order of the builder's arguments
-  const Weight* weight = nullptr;     // table of embed, gain of rms_norm, matrix of linear, cos/sin of rope_kv
-  const Weight* weight2 = nullptr;    // rotate: signs in weight, factor in weight2; cos/sin of a fused rope_kv
-  const Weight* gain = nullptr;       // fused linear: rms_norm of src[0] first
+  std::array<Tensor*, 3> src{};     // activations and positions, in the order of the builder's arguments
+  const Weight* weight = nullptr;   // table of embed, gain of rms_norm, matrix of linear, cos/sin of rope_kv
+  const Weight* weight2 = nullptr;  // rotate: signs in weight, factor in weight2; cos/sin of a fused rope_kv
+  const Weight* gain = nullptr;     // fused linear: rms_norm of src[0] first
   Epilogue epilogue = Epilogue::kNone;  // fused linear; kRopeKv: src is x, position, sequence
-  HeadShape head;                     // rope_kv, attention
-  float eps = 0;                      // rms_norm, gain
-  bool inverse = false;               // rotate
+  HeadShape head;                       // rope_kv, attention
+  float eps = 0;                        // rms_norm, gain
+  bool inverse = false;                 // rotate
 
-  bool keep = false;                  // result read by the caller: its rows outlive the step
-  int readers = 0;                    // nodes that have it among their sources
-  const Tensor* reader = nullptr;     // the last of them
+  bool keep = false;                    // result read by the caller: its rows outlive the step
+  int readers = 0;                      // nodes that have it among their sources
+  const Tensor* reader = nullptr;       // the last of them
   const Tensor* norm_reader = nullptr;  // the last linear that normalises it first
-  std::byte* data = nullptr;          // (rows, cols), set by Graph::bind
+  std::byte* data = nullptr;            // (rows, cols), set by Graph::bind
 
   const float* f32() const { return reinterpret_cast<const float*>(data); }
   float* f32() { return reinterpret_cast<float*>(data); }

@@ -1,5 +1,6 @@
-// A fixed set of threads that all execute the same function, each with its Part; the caller is part 0. Workers spin
-// briefly between jobs, then sleep. One pool lives in the CPU backend and is lent to the quantiser.
+// A fixed set of threads that all execute the same function, each with its Part; the caller is part 0.
+// Workers spin briefly between jobs, then sleep. One pool lives in the CPU backend and is lent to the
+// quantiser.
 #pragma once
 #include <atomic>
 #include <exception>
@@ -25,12 +26,13 @@ class ThreadPool {
 
   int threads() const { return int(workers_.size()) + 1; }
 
-  // Runs fn(Part{i, threads()}) on every thread and waits. The first exception is thrown again here. Not reentrant.
+  // Runs fn(Part{i, threads()}) on every thread and waits. The first exception is thrown again here. Not
+  // reentrant.
   void run(const std::function<void(Part)>& fn);
   // Inside run(): waits until every thread has arrived. A function that may throw must not use it.
   void barrier();
-  // fn(begin, end) over [0, n) in chunks of `grain`, taken in turn: for uneven work whose result does not depend
-  // on which thread did it.
+  // fn(begin, end) over [0, n) in chunks of `grain`, taken in turn: for uneven work whose result does not
+  // depend on which thread did it.
   void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& fn);
 
  private:
@@ -39,9 +41,9 @@ class ThreadPool {
 
   std::vector<std::thread> workers_;
   const std::function<void(Part)>* job_ = nullptr;
-  std::atomic<uint32_t> epoch_{0};      // a new value starts a job
-  std::atomic<uint32_t> arrived_{0};    // barrier: threads waiting
-  std::atomic<uint32_t> phase_{0};      // barrier: a new value opens it
+  std::atomic<uint32_t> epoch_{0};    // a new value starts a job
+  std::atomic<uint32_t> arrived_{0};  // barrier: threads waiting
+  std::atomic<uint32_t> phase_{0};    // barrier: a new value opens it
   std::atomic<bool> stop_{false};
   std::mutex error_mutex_;
   std::exception_ptr error_;

@@ -27,8 +27,9 @@ inline std::string shared_data(const std::string& name) {
 inline std::string smollm2_gguf() {
   const std::string sources = Q4S_SOURCE_DIR, name = "/SmolLM2-135M-Instruct.Q4_1.gguf";
   const char* chosen = std::getenv("Q4S_SMOLLM2");
-  for (const std::string& path : {std::string(chosen != nullptr ? chosen : ""), sources + "/build/models" + name,
-                                  sources + "/../models" + name, sources + "/../../models" + name}) {
+  for (const std::string& path :
+       {std::string(chosen != nullptr ? chosen : ""), sources + "/build/models" + name,
+        sources + "/../models" + name, sources + "/../../models" + name}) {
     if (!path.empty() && std::filesystem::exists(path)) return path;
   }
   std::printf("SKIPPED: no SmolLM2 GGUF (set Q4S_SMOLLM2 to the file)\n");

@@ -75,13 +75,15 @@ class GemmProblem {
 
   GemmResult run(const Q4GemmConfig& config, bool pdl) {
     const int64_t t = c_.tokens, pitch = y_pitch();
-    const size_t y_size = size_t(t * pitch), guard = 64, kv_size = size_t(2 * ctx_ * c_.kv_heads * c_.head_dim);
+    const size_t y_size = size_t(t * pitch), guard = 64,
+                 kv_size = size_t(2 * ctx_ * c_.kv_heads * c_.head_dim);
     DeviceBuffer<float> y(y_size + 2 * guard), k(kv_size + guard), v(kv_size + guard);
     DeviceBuffer<uint16_t> xh(size_t(t * q4_gemm_pitch(c_.k)));
     DeviceBuffer<std::byte> workspace(config.workspace_bytes);
     workspace.fill_byte(0);
     y.fill_byte(0xcd), k.fill_byte(0xcd), v.fill_byte(0xcd), xh.fill_byte(0xff);
-    q4_gemm_activations_cuda({d_x_.data(), c_.normalise ? d_gain_.data() : nullptr, xh.data(), t, c_.k, 1e-5f}, nullptr);
+    q4_gemm_activations_cuda(
+        {d_x_.data(), c_.normalise ? d_gain_.data() : nullptr, xh.data(), t, c_.k, 1e-5f}, nullptr);
     Q4GemmArgs a = {};
     a.x = xh.data(), a.w = w_, a.grid = c_.grid, a.codes = d_packed_.data(), a.scales = d_scales_.data();
     a.tokens = t, a.output = c_.output, a.y = y.data() + guard, a.y_half = c_.y_half, a.y_pitch = pitch;
@@ -105,7 +107,8 @@ class GemmProblem {
     intact(raw.data() + guard + (used + 3) / 4, (y_size + guard) * 4 - (used + 3) / 4 * 4);
     r.y.resize(y_size);
     for (size_t i = 0; i < y_size; ++i)
-      r.y[i] = c_.y_half ? half_to_float(reinterpret_cast<const uint16_t*>(raw.data() + guard)[i]) : raw[guard + i];
+      r.y[i] = c_.y_half ? half_to_float(reinterpret_cast<const uint16_t*>(raw.data() + guard)[i])
+                         : raw[guard + i];
     if (c_.output == Q4GemmOutput::kRopeKv) {
       const std::vector<float> rk = k.read(), rv = v.read();
       for (size_t i = 0; i < kv_size; ++i) {
@@ -150,8 +153,8 @@ class GemmProblem {
       if (ratio <= 1) return;
       ++wrong, ++by_row[row % 16], ++by_token[token % 8];
       if (shown++ < 3)
-        std::printf("    %s: t %lld row %lld got %.6g want %.6g bound %.3g\n", label, (long long)token, (long long)row,
-                    got, want, bound);
+        std::printf("    %s: t %lld row %lld got %.6g want %.6g bound %.3g\n", label, (long long)token,
+                    (long long)row, got, want, bound);
     };
     const auto rounded = [&](double want, double bound, bool half) {
       return bound + std::abs(want) * (half ? 0x1p-11 : 0x1p-22) + (half ? 0x1p-25 : 1e-30);
@@ -162,7 +165,8 @@ class GemmProblem {
       if (c_.output == Q4GemmOutput::kStore)
         for (int64_t j = 0; j < n; ++j) {
           const double want = p[i * n + j] + (c_.residual ? residual_[i * n + j] : 0);
-          one(i, j, r.y[i * pitch + j], want, rounded(want, e[i * n + j] + std::abs(p[i * n + j]) * 0x1p-23, c_.y_half));
+          one(i, j, r.y[i * pitch + j], want,
+              rounded(want, e[i * n + j] + std::abs(p[i * n + j]) * 0x1p-23, c_.y_half));
         }
       else if (c_.output == Q4GemmOutput::kSwiglu)
         for (int64_t j = 0, f = n / 2; j < f; ++j) {
@@ -220,7 +224,8 @@ class GemmProblem {
       for (int64_t r = begin; r < n; r += step) {
         for (int64_t j = 0; j < k; ++j) {
           const int code = codes_[r * ((k + 1) / 2) + j / 2] >> (j % 2 * 4) & 15;
-          row[j] = half_to_float(scales_[r * groups + j / c_.group]) * (float(code) - (c_.grid == Grid::kInt ? 8.f : 7.5f));
+          row[j] = half_to_float(scales_[r * groups + j / c_.group]) *
+                   (float(code) - (c_.grid == Grid::kInt ? 8.f : 7.5f));
         }
         for (int64_t i = 0; i < t; ++i) {
           double sum = 0, magnitude = 0, ax = 0;
@@ -253,7 +258,8 @@ class GemmProblem {
       const bool low = in < half;
       const int64_t other = low ? row + half : row - half, pair = low ? in : in - half;
       const double p1 = product_[i * n + other], e1 = bound_[i * n + other];
-      const double cs = table_[(position_[i] * half + pair) * 2], sn = table_[(position_[i] * half + pair) * 2 + 1];
+      const double cs = table_[(position_[i] * half + pair) * 2],
+                   sn = table_[(position_[i] * half + pair) * 2 + 1];
       const double want = low ? p0 * cs - p1 * sn : p1 * sn + p0 * cs;
       const double bound = e0 + e1 + (std::abs(p0) + std::abs(p1)) * 0x1p-22;
       if (head < c_.heads)

@@ -1,4 +1,5 @@
-// Fuzz target of the three readers of model files, for libFuzzer; built where Q4S_FUZZ is on (tests/CMakeLists.txt):
+// Fuzz target of the three readers of model files, for libFuzzer; built where Q4S_FUZZ is on
+// (tests/CMakeLists.txt):
 //   cmake --build build-fuzz --target files_fuzz && build-fuzz/tests/files_fuzz -max_len=32768 CORPUS
 // Whatever the bytes are, a reader takes them or throws Error(kInput); what it took can be read to the last
 // byte.

@@ -1,5 +1,3 @@
-#include "kernels/split_product.h"
-
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -8,6 +6,7 @@
 #include <random>
 
 #include "kernels/half.h"
+#include "kernels/split_product.h"
 #include "tests/kernels/device_guarded.h"
 
 using namespace q4s;
@@ -66,9 +65,11 @@ TEST_CASE("cuda split: two fp16 numbers and a power of two keep a value's first 
             padded &= h == 0 && l == 0;
             continue;
           }
-          const double want = v[i * cols + j], got = (double(h) + double(l) / kSplitLow) / scale[by_column ? j : i];
+          const double want = v[i * cols + j],
+                       got = (double(h) + double(l) / kSplitLow) / scale[by_column ? j : i];
           const double largest = most[by_column ? j : i];
-          close &= std::fabs(got - want) <= std::max(std::ldexp(std::fabs(want), -22), std::ldexp(largest, -35));
+          close &=
+              std::fabs(got - want) <= std::max(std::ldexp(std::fabs(want), -22), std::ldexp(largest, -35));
           close &= std::fabs(h) <= 1;
         }
       CHECK(power);

@@ -13,9 +13,17 @@ using Json = nlohmann::json;
 namespace {
 
 Json good() {
-  return {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_size", 64}, {"intermediate_size", 172},
-          {"num_hidden_layers", 5}, {"num_attention_heads", 8}, {"num_key_value_heads", 4}, {"vocab_size", 512},
-          {"max_position_embeddings", 512}, {"rms_norm_eps", 1e-5}, {"rope_theta", 10000.0}};
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"model_type", "llama"},
+          {"hidden_size", 64},
+          {"intermediate_size", 172},
+          {"num_hidden_layers", 5},
+          {"num_attention_heads", 8},
+          {"num_key_value_heads", 4},
+          {"vocab_size", 512},
+          {"max_position_embeddings", 512},
+          {"rms_norm_eps", 1e-5},
+          {"rope_theta", 10000.0}};
 }
 
 std::string message(const Json& j) {
@@ -34,7 +42,10 @@ bool has(const std::string& text, const char* part) { return text.find(part) != 
 
 TEST_CASE("a Hugging Face config and its way through .q4s") {
   Json j = good();
-  j["rope_scaling"] = {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0},
+  j["rope_scaling"] = {{"rope_type", "llama3"},
+                       {"factor", 8.0},
+                       {"low_freq_factor", 1.0},
+                       {"high_freq_factor", 4.0},
                        {"original_max_position_embeddings", 256}};
   const LlamaConfig c = config_from_hf(j.dump(), "x");
   CHECK(c.head_dim == 8);
@@ -55,17 +66,24 @@ TEST_CASE("every mismatch is listed at once") {
   j["hidden_act"] = "gelu";
   j["quantization_config"] = Json::object();
   const std::string m = message(j);
-  for (const char* part : {"gemma", "attention_bias", "sliding window", "yarn", "kv heads 3", "gelu", "quantised"}) {
+  for (const char* part :
+       {"gemma", "attention_bias", "sliding window", "yarn", "kv heads 3", "gelu", "quantised"}) {
     CAPTURE(part);
     CHECK(has(m, part));
   }
 }
 
 TEST_CASE("bad numbers are refused") {
-  for (const auto& [key, value] : {std::pair<const char*, Json>{"hidden_size", 0}, {"hidden_size", -64},
-                                   {"hidden_size", 1e18}, {"hidden_size", "64"}, {"vocab_size", int64_t(1) << 40},
-                                   {"num_attention_heads", 0}, {"rope_theta", -1.0}, {"rms_norm_eps", 5.0},
-                                   {"num_hidden_layers", nullptr}, {"hidden_size", 60}}) {
+  for (const auto& [key, value] : {std::pair<const char*, Json>{"hidden_size", 0},
+                                   {"hidden_size", -64},
+                                   {"hidden_size", 1e18},
+                                   {"hidden_size", "64"},
+                                   {"vocab_size", int64_t(1) << 40},
+                                   {"num_attention_heads", 0},
+                                   {"rope_theta", -1.0},
+                                   {"rms_norm_eps", 5.0},
+                                   {"num_hidden_layers", nullptr},
+                                   {"hidden_size", 60}}) {
     Json j = good();
     j[key] = value;
     CAPTURE(key);

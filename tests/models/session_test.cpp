@@ -1,5 +1,5 @@
-// The engine's invariants on small random models: how a text is cut into steps, how many threads work, and which
-// other sequences are about must not change the result.
+// The engine's invariants on small random models: how a text is cut into steps, how many threads work, and
+// which other sequences are about must not change the result.
 #include "models/session.h"
 
 #include <doctest/doctest.h>
@@ -16,7 +16,8 @@ namespace {
 
 LlamaConfig small_config() {
   LlamaConfig c;
-  c.dim = 72, c.hidden = 172, c.layers = 3, c.heads = 6, c.kv_heads = 2, c.head_dim = 12, c.vocab = 97, c.context = 64;
+  c.dim = 72, c.hidden = 172, c.layers = 3, c.heads = 6, c.kv_heads = 2, c.head_dim = 12, c.vocab = 97,
+  c.context = 64;
   return c;
 }
 
@@ -28,7 +29,8 @@ std::vector<int32_t> some_tokens(int n) {
 
 std::vector<std::vector<float>> all_logits(Session& s, std::span<const int32_t> tokens, int sequence = 0) {
   std::vector<std::vector<float>> out;
-  s.feed_all(tokens, sequence, 0, [&](int64_t, std::span<const float> l) { out.emplace_back(l.begin(), l.end()); });
+  s.feed_all(tokens, sequence, 0,
+             [&](int64_t, std::span<const float> l) { out.emplace_back(l.begin(), l.end()); });
   return out;
 }
 
@@ -48,7 +50,8 @@ TEST_CASE("N decode steps give what a prefill of N gives") {
   for (const Format f : {Format::kF32, Format::kQ4}) {
     LlamaModel m = random_llama(small_config(), 1, f, 32, f == Format::kQ4 ? Format::kQ8 : f);
     auto backend = make_cpu_backend(2);
-    Session whole(m, *backend, {.chunk = 64, .kv = KvType::kF32}), stepwise(m, *backend, {.chunk = 5, .kv = KvType::kF32});
+    Session whole(m, *backend, {.chunk = 64, .kv = KvType::kF32}),
+        stepwise(m, *backend, {.chunk = 5, .kv = KvType::kF32});
     const auto tokens = some_tokens(40);
     const auto a = all_logits(whole, tokens);
     REQUIRE(a.size() == tokens.size());
@@ -119,7 +122,9 @@ TEST_CASE("block by block is the whole graph") {
     kv.base = cache.data();
     std::vector<int32_t> iota(16), zero(16, 0);
     std::iota(iota.begin(), iota.end(), 0);
-    const auto put = [&](Tensor* t, const void* v, size_t bytes) { if (t) std::memcpy(t->data, v, bytes); };
+    const auto put = [&](Tensor* t, const void* v, size_t bytes) {
+      if (t) std::memcpy(t->data, v, bytes);
+    };
     put(in.token, tokens.data(), 64), put(in.position, iota.data(), 64), put(in.sequence, zero.data(), 64);
     put(in.wanted, iota.data(), 64), put(in.x, x.data(), x.size() * 4);
     int linears = 0;

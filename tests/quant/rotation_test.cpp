@@ -1,9 +1,9 @@
 #include "quant/rotation.h"
-#include "quant/weight_work.h"
 
 #include <doctest/doctest.h>
 
 #include "kernels/rotate.h"
+#include "quant/weight_work.h"
 #include "tests/quant/oracle.h"
 
 using namespace q4s;

@@ -38,8 +38,8 @@ struct Result {
   std::vector<BlockReport> blocks;
 };
 
-inline Result quantize(LlamaModel& m, const Calibration* calibration, const QuantizeOptions& o, Backend& backend,
-                       const Result* kept = nullptr, int64_t kept_blocks = 0) {
+inline Result quantize(LlamaModel& m, const Calibration* calibration, const QuantizeOptions& o,
+                       Backend& backend, const Result* kept = nullptr, int64_t kept_blocks = 0) {
   const Team team = [&](const std::function<void(Part)>& fn) { backend.pool().run(fn); };
   std::vector<Weight*> weights = {&m.weights.embed, &m.weights.final_norm};
   for (LlamaBlock& b : m.weights.blocks)
@@ -55,9 +55,7 @@ inline Result quantize(LlamaModel& m, const Calibration* calibration, const Quan
       return kept->units.at(size_t(block * 4 + int64_t(u))).packed.view;
     };
   }
-  sink.unit = [&](int64_t, Unit, UnitResult& u) {
-    r.units.push_back(std::move(u));
-  };
+  sink.unit = [&](int64_t, Unit, UnitResult& u) { r.units.push_back(std::move(u)); };
   sink.block_done = [&](int64_t, const BlockNorms&, const BlockReport& b) { r.blocks.push_back(b); };
   quantize_blocks(m, backend, frame, calibration, o, sink);
   return r;

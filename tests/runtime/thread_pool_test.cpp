@@ -37,7 +37,8 @@ TEST_CASE("an exception of any thread reaches the caller and the pool goes on") 
   for (int thrower = 0; thrower < 3; ++thrower)
     CHECK_THROWS_AS(pool.run([&](Part p) {
       if (p.index == thrower) throw Error(ErrorKind::kRuntime, "x");
-    }), Error);
+    }),
+                    Error);
   std::atomic<int> ran{0};
   pool.run([&](Part) { ++ran; });
   CHECK(ran == 3);
