@@ -63,19 +63,6 @@ __device__ inline void barrier_wait(uint32_t bar, uint32_t parity) {
       : "memory");
 }
 
-// Whether a wait would return at once.
-__device__ inline bool barrier_test(uint32_t bar, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return done;
-}
-
 // As barrier_wait() for a flag in global memory that another block sets to 1.
 __device__ inline void flag_wait(const int* flag) {
   asm volatile(

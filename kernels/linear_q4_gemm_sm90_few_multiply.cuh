@@ -159,7 +159,7 @@ struct Q4FewMultiplier {
         f.set(scale_of(0, 0), scale_of(0, 1), p.half_grid);
       // The answer takes as long as a load.
       if ((stage += ways) >= sh.l.stages) stage -= sh.l.stages, parity ^= 1;
-      there = hopper::barrier_test(sh.full + stage * 8, parity);
+      there = mbarrier_done(sh.full + stage * 8, parity);
 #pragma unroll
       for (int t = 0; t < kQ4UnitTiles; ++t) {
         const uint32_t word[4] = {loaded[t].x, loaded[t].y, loaded[t].z, loaded[t].w};

@@ -107,7 +107,7 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
                : "memory");
 #undef Q4S_BARRIER_TEST
 }
-// Whether mbarrier_wait() would not wait.
+// Whether a wait would return at once.
 __device__ inline bool mbarrier_done(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
