@@ -88,7 +88,7 @@ class Q4SplitSink {
       // Two rows of one token in a lane.
       const uint32_t low = transpose_8x8(q4_pack_saturated(v.x, v.y)),
                      high = transpose_8x8(q4_pack_saturated(v.z, v.w));
-      const int at = query_ ? token : load_shared_int(places + held_ * 8 + 4);
+      const int at = query_ ? token : int(load_shared_4(places + held_ * 8 + 4));
       if (token >= tokens_) return;
       *reinterpret_cast<uint32_t*>(to_ + int64_t(at) * pitch_) = low;
       *reinterpret_cast<uint32_t*>(high_ + int64_t(at) * pitch_) = high;
@@ -101,11 +101,6 @@ class Q4SplitSink {
  private:
   static __device__ float* value(char* p) { return reinterpret_cast<float*>(p); }
   static __device__ const float* value(const char* p) { return reinterpret_cast<const float*>(p); }
-  static __device__ int load_shared_int(uint32_t from) {
-    int v;
-    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
-    return v;
-  }
 
   char *to_, *high_ = nullptr;
   const char* from_ = nullptr;
