@@ -13,9 +13,17 @@ namespace {
 constexpr size_t kFlagBytes = 4096;       // head of the workspace: one flag per part of a split tile
 constexpr int64_t kBandBytes = 24 << 20;  // activations that should stay in L2 while all rows pass
 
+// Clusters of so many blocks, one a multiprocessor, that run at once.
+int clusters_at_once(int multiprocessors, int blocks) {
+  // A cluster stays within a group of multiprocessors, and these differ in size. Asked of an H100.
+  constexpr int kOfH100[kQ4GemmMostSplits] = {132, 66, 39, 30, 22};
+  if (multiprocessors == kOfH100[0]) return kOfH100[blocks - 1];
+  return std::max(1, blocks <= 2 ? multiprocessors / blocks : multiprocessors * 7 / 8 / blocks);
+}
+
 // Microseconds of one H100, its constants fitted to a sweep over all tiles and cuts of the 7B shapes, 16 to
 // 8192 tokens (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 6 % of the
-// best.
+// best. kFew and kSplit have become quicker since, kSplit at both ends of a product.
 struct Bytes {  // of one unit of K and one tile
   double weights, activations;
   explicit Bytes(const Q4GemmTile& t)
@@ -41,7 +49,7 @@ double split_us(const Q4GemmConfig& c, int multiprocessors) {
   // Conversion and tensor core add up: what a warpgroup takes for a unit, also one without rows.
   const double compute = 0.03 + (c.rows <= 128 ? 2 : 3) * (0.07 + 0.0021 * c.columns);
   const int64_t clusters = int64_t(c.row_blocks) * c.column_blocks,
-                at_once = q4_gemm_clusters_at_once(multiprocessors, c.splits);
+                at_once = clusters_at_once(multiprocessors, c.splits);
   const auto wave = [&](int64_t count) {
     const double busy = double(count) * c.splits / multiprocessors;
     const double unit =
@@ -104,13 +112,6 @@ Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape& s, Q4GemmTile t, bool stre
   return c;
 }
 
-int q4_gemm_clusters_at_once(int multiprocessors, int blocks) {
-  // A cluster stays within a group of multiprocessors, and these differ in size. Asked of an H100.
-  constexpr int kOfH100[kQ4GemmMostSplits] = {132, 66, 39, 30, 22};
-  if (multiprocessors == kOfH100[0]) return kOfH100[blocks - 1];
-  return std::max(1, blocks <= 2 ? multiprocessors / blocks : multiprocessors * 7 / 8 / blocks);
-}
-
 Q4GemmConfig q4_gemm_config_split(const Q4GemmShape& s, Q4GemmTile t, int splits) {
   Q4GemmConfig c;
   c.kernel = Q4GemmKernel::kSplit;
@@ -118,8 +119,7 @@ Q4GemmConfig q4_gemm_config_split(const Q4GemmShape& s, Q4GemmTile t, int splits
   c.k_blocks = int(ceil_div(s.w.k, kQ4GemmUnit));
   c.column_blocks = int(ceil_div(s.tokens, t.columns));
   c.splits = std::min({splits, c.k_blocks, kQ4GemmMostSplits});
-  const int64_t at_once =
-      std::max(1, q4_gemm_clusters_at_once(s.multiprocessors, c.splits) / c.column_blocks);
+  const int64_t at_once = std::max(1, clusters_at_once(s.multiprocessors, c.splits) / c.column_blocks);
   const int64_t waves = ceil_div(s.w.n_tiles(), at_once * (t.rows / kQ4TileRows));
   const int64_t row_tiles = ceil_div(s.w.n_tiles(), at_once * waves);
   c.rows = int(row_tiles) * kQ4TileRows;
@@ -178,8 +178,8 @@ Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
   for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
     // For few tokens, and so that up to 128 of them convert a weight once.
     if (s.tokens <= kQ4GemmFewTokens || s.tokens > 256 || (t.columns < 128 && t.columns < s.tokens)) continue;
-    // Clusters of three and of eight blocks may be the best alone, but a layer with them took 10 to 20 us
-    // more than its products: they wait for places beside each other that the product before leaves last.
+    // Clusters of three blocks may be the best alone, but a layer with them took 10 to 20 us more than its
+    // products: they wait for places beside each other that the product before leaves last.
     for (int splits : {1, 2, 4, 5}) {
       const Q4GemmConfig c = q4_gemm_config_split(s, t, splits);
       consider(c, split_us(c, s.multiprocessors));

@@ -65,8 +65,6 @@ Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape&, Q4GemmTile, bool stream);
 // kSplit with one tile and at most `splits` parts of K: rows in as few waves as the tile allows, the same
 // count in all blocks but the last.
 Q4GemmConfig q4_gemm_config_split(const Q4GemmShape&, Q4GemmTile, int splits);
-// Clusters of so many blocks, one a multiprocessor, that run at once.
-int q4_gemm_clusters_at_once(int multiprocessors, int blocks);
 // kFew; throws std::logic_error for more than kQ4GemmFewTokens tokens.
 Q4GemmConfig q4_gemm_config_few(const Q4GemmShape&);
 // The mma.sync kernel.
