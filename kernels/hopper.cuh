@@ -106,6 +106,21 @@ __device__ inline void tma_load(uint32_t to, const void* map, int c0, int c1, ui
       "l"(map), "r"(c0), "r"(c1), "r"(bar)
       : "memory");
 }
+// The same, kept in L2 as `policy` says.
+__device__ inline void tma_load(uint32_t to, const void* map, int c0, int c1, uint32_t bar, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+      "{%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(bar), "l"(policy)
+      : "memory");
+}
+// Neighbouring bytes, a multiple of 16.
+__device__ inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(bar)
+      : "memory");
+}
 // A box of a 3-D tensor map.
 __device__ inline void tma_load(uint32_t to, const void* map, int c0, int c1, int c2, uint32_t bar) {
   asm volatile(
@@ -254,18 +269,6 @@ __device__ inline void store_matrices(uint32_t to, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]),
                "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
-}
-
-// ---- mma.sync m16n8k16
-// ------------------------------------------------------------------------------------------------------
-// mma_16816() without what d was.
-__device__ inline void mma_fresh(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, "
-      "%10, "
-      "%10, %10};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 
 // ---- warpgroup mma

@@ -23,7 +23,8 @@ int clusters_at_once(int multiprocessors, int blocks) {
 
 // Microseconds of one H100, its constants fitted to a sweep over all tiles and cuts of the 7B shapes, 16 to
 // 8192 tokens (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 6 % of the
-// best. kFew and kSplit have become quicker since, kSplit at both ends of a product.
+// best. kSplit has become quicker since at both ends of a product; kFew is another kernel now, alone in its
+// launch.
 struct Bytes {  // of one unit of K and one tile
   double weights, activations;
   explicit Bytes(const Q4GemmTile& t)
@@ -63,12 +64,11 @@ double split_us(const Q4GemmConfig& c, int multiprocessors) {
 }
 
 double few_us(const Q4GemmConfig& c) {
-  const int64_t most = ceil_div(c.row_blocks, c.clusters), bands = ceil_div(most, 12),
-                band = ceil_div(most, bands);
-  const double ways = band > 6 ? 1 : band > 4 ? 2 : 3;
-  // A warp's way through a unit; reading it.
-  const double unit = std::max(0.5 / ways, 0.045 * double(band));
-  return 4.2 + double(bands * ceil_div(c.k_blocks, c.splits)) * unit;
+  const int64_t most = ceil_div(c.row_blocks, c.clusters), bands = ceil_div(most, 24),
+                pairs = ceil_div(ceil_div(most, bands), 2);
+  // A warp's way through a unit, of which 12 / pairs go at once; its activations.
+  const double unit = std::max(0.95 * double(pairs) / 12, 0.25);
+  return 5.5 + double(bands * ceil_div(c.k_blocks, c.splits)) * unit;
 }
 
 }  // namespace

@@ -66,8 +66,9 @@ void q4_gemm_activations_cuda(const Q4GemmActivationsArgs& a, cudaStream_t strea
          a.pdl, stream, a, q4_gemm_pitch(a.k));
 }
 
-Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tiles, Q4Operands& operands) {
-  const int64_t groups = a.w.groups(), pitch = q4_gemm_pitch(a.w.k), n_tiles = a.w.n_tiles();
+void q4_gemm_weight_maps(const Q4GemmArgs& a, int rows, int stage_tiles, Q4Operands& operands, CUtensorMap& w,
+                         CUtensorMap& s) {
+  const int64_t groups = a.w.groups(), n_tiles = a.w.n_tiles();
   const int64_t row_words = a.w.k_tiles() * (kQ4TileBytes / 4);
   operands.half_grid = a.grid == Grid::kHalf;
   // Tiles of K a group, or one group for all. Exact: k_tiles() < 2^16 (checked), and the error of a
@@ -78,25 +79,23 @@ Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tile
   operands.fine = tiles > 1 ? 0 : tiles == 1 ? 1 : 2;
   operands.box_groups = std::max(1, operands.fine * stage_tiles);
   operands.row_tiles = rows / kQ4TileRows;
+  w = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT32, a.codes, row_words, n_tiles, row_words * 4,
+                  stage_tiles * kQ4TileBytes / 4, rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
+  s = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT16, a.scales, groups * 16, n_tiles, groups * 32,
+                  operands.box_groups * 16, rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
+}
+
+Q4Maps q4_gemm_maps(const Q4GemmArgs& a, int rows, int x_columns, int stage_tiles, Q4Operands& operands) {
+  const int64_t pitch = q4_gemm_pitch(a.w.k);
   Q4Maps m;
   m.x = tensor_map({CU_TENSOR_MAP_DATA_TYPE_FLOAT16, a.x, pitch, a.tokens, pitch * 2, kQ4TileCols, x_columns,
                     CU_TENSOR_MAP_SWIZZLE_128B});
-  m.w = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT32, a.codes, row_words, n_tiles, row_words * 4,
-                    stage_tiles * kQ4TileBytes / 4, rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
-  m.s = tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT16, a.scales, groups * 16, n_tiles, groups * 32,
-                    operands.box_groups * 16, rows / 16, CU_TENSOR_MAP_SWIZZLE_NONE});
+  q4_gemm_weight_maps(a, rows, stage_tiles, operands, m.w, m.s);
   return m;
 }
 
 void q4_gemm_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
-  const bool few = c.kernel == Q4GemmKernel::kFew;
-  if (few && a.tokens > kQ4GemmFewTokens)
-    throw std::logic_error("q4_gemm: too many tokens for the kernel for few");
-  if (a.makes || a.reads) {
-    if (!few || (a.makes && (a.output != Q4GemmOutput::kStore || a.y_half || a.w.n % kQ4TileCols)) ||
-        (a.reads && a.w.k % kQ4TileCols))
-      throw std::logic_error("q4_gemm: no handover between such products");
-  }
+  if (!a.x) throw std::logic_error("q4_gemm: a product without activations");
   switch (c.kernel) {
     case Q4GemmKernel::kStream: return q4_gemm_stream_cuda(a, c, stream);
     case Q4GemmKernel::kSplit: return q4_gemm_split_cuda(a, c, stream);

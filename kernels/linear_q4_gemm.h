@@ -82,7 +82,7 @@ struct Q4GemmActivationsArgs {
   int64_t tokens, k;
   float eps;
   bool pdl = false;
-  float* guess = nullptr;  // (T) of Q4GemmHandover, with `gain`
+  float* guess = nullptr;  // q4_gemm_guess(), with `gain`
 };
 void q4_gemm_activations_cuda(const Q4GemmActivationsArgs&, cudaStream_t);
 
@@ -92,34 +92,15 @@ enum class Q4GemmOutput : uint8_t {
   kRopeKv,  // y (T, H*head_dim) = rotated q; k rotated and v appended to the cache     rows kRope
 };
 
-// Between a product that makes the residual stream (T, D) and one that normalises it, in place of a kernel:
-// the norm's factor of a token can as well be applied to the sums. The maker stores y * gain * guess in fp16,
-// and sums of squares of y; the reader finds the factor from these, and corrects what `guess` was. kFew only,
-// D a multiple of kQ4TileCols.
-//
-// guess: the factor of the token before the maker added to the stream, times kQ4GemmHeadroom. With G the
-// largest gain, no value leaves the range of fp16 while the stream's root mean square grows by less than 2^20
-// / (G sqrt(D)), 16384 times for G = 1 and D = 4096: then it is clamped. Values lose bits below 2^-10 / gain
-// of the old mean square's root, where they err by 2^-21 of it.
-struct Q4GemmHandover {
-  const float* gain;  // (D), 8-aligned
-  float eps;
-  uint16_t* x;         // (T, D) fp16, 16-aligned
-  float* squares;      // (D / 16, kQ4GemmFewTokens), 8-aligned
-  const float* guess;  // (kQ4GemmFewTokens) that x is made with
-  float* next_guess;   // (kQ4GemmFewTokens) written by the reader: for the next maker; not guess
-};
-constexpr float kQ4GemmHeadroom = 1.f / 16;
-
 struct Q4GemmArgs {
-  const uint16_t* x;  // (T, pitch(K)) fp16, 16-aligned
+  const uint16_t* x;  // (T, pitch(K)) fp16, 16-aligned; null in a chain: what the product before makes
   Q4Layout w;
   Grid grid;
   const uint8_t* codes;    // Q4 tiles, 16-aligned
   const uint16_t* scales;  // 16-aligned
   int64_t tokens;
   Q4GemmOutput output;
-  void* y;
+  void* y;                // null in a chain: only the next product wants it
   bool y_half;            // fp16 instead of f32
   int64_t y_pitch;        // elements from row to row of y
   const float* residual;  // kStore: (T, N) or null; may be y
@@ -130,11 +111,32 @@ struct Q4GemmArgs {
   std::byte* workspace;  // config.workspace_bytes, 256-aligned; zeroed when allocated, and left so that it
                          // serves any later product without clearing
   bool pdl = false;      // launched as a programmatic dependent of the kernel before it
-  const Q4GemmHandover* makes = nullptr;  // kStore in f32: besides y
-  const Q4GemmHandover* reads = nullptr;  // its x is this one's
+  const float* gain = nullptr;  // (K), where x is null: of the norm that x passes first
+  float eps = 0;                // of that
 };
 void q4_gemm_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);
-// Blocks of kFew that a multiprocessor holds of one output's kernel: one, or products would share out badly.
-int q4_gemm_few_resident(Q4GemmOutput);
+
+// Products that follow each other, of up to kQ4GemmFewTokens tokens, in one launch that holds all
+// multiprocessors (kFew). The first has an x; that of the others is y of the one before them, SiLU(gate) * up
+// or, normalised, the residual stream. A residual may be y of an earlier one: the thread that stored a value
+// reads it.
+//
+// What normalises the stream is applied to the sums: its maker passes on y * gain * guess in fp16 and sums of
+// squares of y, the reader finds the factor from these and corrects what `guess` was: the factor of the token
+// before the maker added to the stream, times kQ4GemmHeadroom. With G the largest gain, no value leaves the
+// range of fp16 while the stream's root mean square grows by less than 2^20 / (G sqrt(D)), 16384 times for G
+// = 1 and D = 4096: then it is clamped. Values lose bits below 2^-10 / gain of the old mean square's root,
+// where they err by 2^-21 of it.
+constexpr size_t kQ4GemmChain = 4;
+constexpr float kQ4GemmHeadroom = 1.f / 16;
+// Memory that blocks of a chain exchange what they make through, 256-aligned: zeroed when allocated, and left
+// so that it serves any later chain on the same stream.
+constexpr size_t kQ4GemmExchangeSet = 3 << 20, kQ4GemmExchange = 256 + 2 * kQ4GemmExchangeSet;
+// In it, (kQ4GemmFewTokens): the guesses of the next chain. A chain whose first product adds to a stream that
+// its second normalises reads them; one that normalises a stream leaves the next ones.
+inline float* q4_gemm_guess(std::byte* exchange) { return reinterpret_cast<float*>(exchange + 64); }
+// Whether a product may follow another in a chain; its x is not looked at.
+bool q4_gemm_follows(const Q4GemmArgs&, const Q4GemmArgs& before);
+void q4_gemm_chain_cuda(const Q4GemmArgs*, size_t count, std::byte* exchange, cudaStream_t);
 
 }  // namespace q4s

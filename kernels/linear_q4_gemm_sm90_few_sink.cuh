@@ -1,167 +1,141 @@
 // The epilogues of linear_q4_gemm_sm90_few.cu: sums of 16 rows x 8 tokens, as an mma leaves them in a warp,
-// to their place. What comes from memory for them is fetched, and where they go is found, before they exist.
+// to their place, and to the next product of the chain. What comes from memory for them is fetched long
+// before.
 #pragma once
-#include "kernels/linear_q4_gemm_epilogue.cuh"
-#include "kernels/linear_q4_gemm_sm90_few_multiply.cuh"
+#include "kernels/linear_q4_gemm_sm90_few_load.cuh"
 
 namespace q4s {
 
-// Q4GemmHandover of a product, null pointers where it has none.
-struct Q4FewHandover {
-  const float *gain, *guess;  // as a maker
-  __half* x;
-  float* squares;
-  const float *read_squares, *read_guess;  // as a reader
-  float* next_guess;
-  int read_tiles;
-  float inverse_k, eps;
-};
-inline Q4FewHandover q4_few_handover(const Q4GemmArgs& a) {
-  Q4FewHandover h = {};
-  if (const Q4GemmHandover* m = a.makes)
-    h.gain = m->gain, h.guess = m->guess, h.x = reinterpret_cast<__half*>(m->x), h.squares = m->squares;
-  if (const Q4GemmHandover* r = a.reads)
-    h.read_squares = r->squares, h.read_guess = r->guess, h.next_guess = r->next_guess,
-    h.read_tiles = int(a.w.k / kQ4TileRows), h.inverse_k = 1.f / float(a.w.k), h.eps = r->eps;
-  return h;
-}
+#if Q4S_SM90A
 
-// Tiles of 16 rows, one at a time and always of the same 8 tokens. A lane (g = lane / 4, t = lane % 4) holds
-// (row g, token 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). Short code: it runs a few times in a kernel, and
-// comes from far.
-template <Q4GemmOutput kOutput>
-class Q4FewSink {
-  static constexpr bool kStore = kOutput == Q4GemmOutput::kStore, kRope = kOutput == Q4GemmOutput::kRopeKv;
+// Tiles of 16 rows, always of the same 8 tokens. A lane (g = lane / 4, t = lane % 4) holds (row g, token 2t),
+// (g, 2t+1), (g+8, 2t), (g+8, 2t+1). Short code: it runs a few times in a kernel, and comes from far.
+struct Q4FewSink {
+  const Q4FewProduct& a;
+  const Q4FewState& state;
+  int lane, token0;  // of the block
+  int g = lane / 4, in_block = lane % 4 * 2;
 
- public:
   struct Ahead {
-    float v[4], gain[2];  // the residual, or cosine and sine of two tokens; of a maker of the stream
+    float v[4], gain[2];  // the residual, or cosine and sine of two tokens; of the next product's norm
   };
-
-  // By one warp, before any constructs one of these: what all have in common, of 8 tokens from token0 on.
-  // writes: in one block of all of these tokens, which does what is done once.
-  __device__ static void prepare(const Q4GemmSink& s, const Q4FewHandover& h, Q4FewState& state, int lane,
-                                 int token0, bool writes) {
-    const int token = token0 + lane;
-    if (kRope && lane < 8 && token < s.tokens)
-      state.position[lane] = s.position[token], state.sequence[lane] = s.sequence[token];
-    if (h.read_squares) find_factor(h, state, lane, token0, writes);
-    if (kStore && h.gain && lane < 8) state.factor[lane] = __ldcg(h.guess + token);
-  }
-  __device__ Q4FewSink(const Q4GemmSink& s, const Q4FewState& state, int lane, int token0)
-      : g_(lane / 4), token_(token0 + lane % 4 * 2) {
+  // Each value is loaded to where it stays: a move would wait for it.
+  __device__ Ahead fetch(int tile) const {
+    const Q4GemmSink& s = a.sink;
+    Ahead ahead = {};
+    const int first = tile * kQ4TileRows, row = first + g;
+    const bool store = s.output == Q4GemmOutput::kStore;
+    const bool gains = store && a.gain, reads = store ? s.residual != nullptr : first < s.rotated;
+    if (gains) ahead.gain[0] = a.gain[row];
+    if (gains) ahead.gain[1] = a.gain[row + 8];
+    const int pair = store ? 0 : first % s.head_dim / 2 + g;  // of a rotation
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int i = lane % 4 * 2 + e;
-      factor_[e] = state.factor[i];
-      if (!kRope || token_ + e >= s.tokens) continue;
-      position_[e] = state.position[i];
-      cache_[e] = (state.sequence[i] * s.ctx + position_[e]) * (s.kv_heads * s.head_dim);
+      const int token = token0 + in_block + e;
+      const bool there = reads && token < s.tokens;
+      const float* const from =
+          store ? s.residual + (token * s.n + row)
+                : s.table + ((there ? state.position[in_block + e] : 0) * s.head_dim + pair * 2);
+      if (there && row < s.n) ahead.v[2 * e] = from[0];
+      if (there && (store ? row + 8 < s.n : row < s.n)) ahead.v[2 * e + 1] = from[store ? 8 : 1];
     }
+    return ahead;
   }
-  // What a tile needs beside its sums.
-  __device__ Ahead fetch(const Q4GemmSink& s, const Q4FewHandover& h, int tile) const {
-    Ahead a = {};
-    const int first = tile * kQ4TileRows, row = first + g_;
-    if ((!kStore && !kRope) || row >= s.n) return a;
-    if (kStore && h.gain) a.gain[0] = h.gain[row], a.gain[1] = h.gain[row + 8];
-    if (kStore ? !s.residual : first >= s.rotated) return a;
-    const int pair = kRope ? first % s.head_dim / 2 + g_ : 0;  // of a rotation
+  // By all lanes. i: which product it is; set: of the exchange.
+  __device__ void finish(int i, std::byte* set, int tile, const Ahead& ahead, const float4& sum) const {
+    const Q4GemmSink& s = a.sink;
+    const int first = tile * kQ4TileRows, row = first + g;
+    float low[2] = {sum.x, sum.y}, high[2] = {sum.z, sum.w};
+    if (a.normalises)
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (token_ + e >= s.tokens) continue;
-      if constexpr (kStore) {
-        const float* from = s.residual + ((token_ + e) * s.n + row);
-        a.v[e] = from[0];
-        if (row + 8 < s.n) a.v[2 + e] = from[8];
-      } else {
-        const float2 turn =
-            *reinterpret_cast<const float2*>(s.table + (position_[e] * s.head_dim + pair * 2));
-        a.v[2 * e] = turn.x, a.v[2 * e + 1] = turn.y;
+      for (int e = 0; e < 2; ++e)
+        low[e] *= state.factor[i][in_block + e], high[e] *= state.factor[i][in_block + e];
+    if (s.output == Q4GemmOutput::kStore) {
+      uint32_t halves[2];
+      float squares[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        low[e] += ahead.v[2 * e], high[e] += ahead.v[2 * e + 1];
+        const float guess = state.guess[i][in_block + e];
+        const bool there = token0 + in_block + e < s.tokens;
+        halves[e] = there ? pair_of(low[e] * (ahead.gain[0] * guess), high[e] * (ahead.gain[1] * guess)) : 0;
+        squares[e] = there ? low[e] * low[e] + high[e] * high[e] : 0;
+      }
+      if (a.makes) {
+        const uint2 rows = neighbours(halves);
+        store_made(set + a.next_x_at + int64_t(tile) * kQ4FewStepBytes + place(),
+                   __byte_perm(rows.x, rows.y, 0x5410), __byte_perm(rows.x, rows.y, 0x7632));
+        q4_few_add_rows(squares);
+        if (g == 0)
+          store_made(set + a.next_squares_at + (tile * kQ4FewTokens + token0 + in_block) * 4,
+                     __float_as_uint(squares[0]), __float_as_uint(squares[1]));
+      }
+    } else if (s.output == Q4GemmOutput::kSwiglu) {
+      uint32_t halves[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        low[e] = silu(low[e]) * high[e];
+        halves[e] = token0 + in_block + e < s.tokens ? pair_of(low[e], 0) : 0;
+      }
+      if (a.makes) {
+        const uint2 rows = neighbours(halves);
+        store_made(set + a.next_x_at + int64_t(tile / 2) * kQ4FewStepBytes + place() + tile % 2 * 4,
+                   __byte_perm(rows.x, rows.y, 0x5410));
       }
     }
-    return a;
-  }
-  // By all lanes.
-  __device__ void finish(const Q4GemmSink& s, const Q4FewHandover& h, int tile, const Ahead& a,
-                         const float4& sum) const {
-    const int first = tile * kQ4TileRows, row = first + g_;
-    float low[2] = {sum.x, sum.y}, high[2] = {sum.z, sum.w}, squares[2] = {};
-    const int head = kRope ? first / s.head_dim : 0;
-    const bool value = kRope && first >= s.rotated, query = head < s.heads;
-    // Of row g and the row it meets, from where the token's are.
-    const int at =
-        value ? row - s.rotated : row - (first - head * s.head_dim) / 2 - (query ? 0 : s.heads * s.head_dim);
-    const int further = value ? 8 : s.head_dim / 2;
+    if (!s.y) return;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int token = token_ + e;
+      const int token = token0 + in_block + e;
       if (token >= s.tokens) continue;
-      if (h.read_squares) low[e] *= factor_[e], high[e] *= factor_[e];
-      if constexpr (kStore) {
+      if (s.output == Q4GemmOutput::kStore) {
         const int to = token * int(s.y_pitch) + row;
-        low[e] += a.v[e], high[e] += a.v[2 + e];
         if (row < s.n) sink_store(s.y, s.y_half, to, low[e]);
         if (row + 8 < s.n) sink_store(s.y, s.y_half, to + 8, high[e]);
-        if (h.gain) {
-          __half* const x = h.x + (token * s.n + row);
-          x[0] = saturated_half(low[e] * (a.gain[0] * factor_[e]));
-          x[8] = saturated_half(high[e] * (a.gain[1] * factor_[e]));
-          squares[e] = low[e] * low[e] + high[e] * high[e];
-        }
-      } else if constexpr (!kRope) {
-        const int column = tile * 8 + g_;
-        if (column < s.n / 2)
-          sink_store(s.y, s.y_half, token * int(s.y_pitch) + column, silu(low[e]) * high[e]);
+      } else if (s.output == Q4GemmOutput::kSwiglu) {
+        const int column = tile * 8 + g;
+        if (column < s.n / 2) sink_store(s.y, s.y_half, token * int(s.y_pitch) + column, low[e]);
       } else if (row < s.n) {
-        const float cosine = a.v[2 * e], sine = a.v[2 * e + 1];
-        const int64_t to = (query ? token * int(s.y_pitch) : cache_[e]) + at;
-        void* const p = query ? s.y : value ? s.v : s.k;
-        const bool half = query ? s.y_half : s.kv_half;
-        sink_store(p, half, to, value ? low[e] : low[e] * cosine - high[e] * sine);
-        sink_store(p, half, to + further, value ? high[e] : low[e] * sine + high[e] * cosine);
+        rotate(token, e, first, row, ahead, low[e], high[e]);
       }
-    }
-    if (kStore && h.gain) {
-      add_rows(squares);
-      if (g_ == 0)
-        *reinterpret_cast<float2*>(h.squares + tile * kQ4GemmFewTokens + token_) =
-            make_float2(squares[0], squares[1]);
     }
   }
 
  private:
-  // Sums over g, the same in all lanes of a token.
-  __device__ static void add_rows(float (&v)[2]) {
-#pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) v[e] += __shfl_xor_sync(0xffffffffu, v[e], offset);
+  __device__ static uint32_t pair_of(float low, float high) {
+    const __half2 h = __halves2half2(saturated_half(low), saturated_half(high));
+    return reinterpret_cast<const uint32_t&>(h);
   }
-  // What the sums of each token are to be multiplied by. Its loads go together, since each waits behind all
-  // the weights that are on their way.
-  __device__ static void find_factor(const Q4FewHandover& h, Q4FewState& state, int lane, int token0,
-                                     bool writes) {
-    float sum[2] = {};
-    const float2* const from = reinterpret_cast<const float2*>(h.read_squares + token0 + lane % 4 * 2);
-#pragma unroll 16
-    for (int tile = lane / 4; tile < h.read_tiles; tile += 8) {
-      const float2 v = __ldcg(from + tile * (kQ4GemmFewTokens / 2));
-      sum[0] += v.x, sum[1] += v.y;
-    }
-    add_rows(sum);
-    if (lane >= 8) return;
-    const int i = lane % 4 * 2 + lane / 4;
-    // A stream that is not finite stays so, though its fp16 values are clamped.
-    const float mean = (lane / 4 ? sum[1] : sum[0]) * h.inverse_k,
-                factor = mean < INFINITY ? 1.f / sqrtf(mean + h.eps) : NAN;
-    state.factor[i] = factor / __ldcg(h.read_guess + token0 + i);
-    if (writes) h.next_guess[token0 + i] = factor * kQ4GemmHeadroom;
+  // Of one token, the token that this lane stores, what rows g & ~1 and g | 1 have; v: of its own row, both
+  // tokens.
+  __device__ uint2 neighbours(const uint32_t (&v)[2]) const {
+    const bool odd = g & 1;
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 4);
+    return odd ? make_uint2(got, v[1]) : make_uint2(v[0], got);
   }
+  // Of that token and those rows, in 16 columns of activations.
+  __device__ int place() const { return ((in_block + g % 2) * 4 + g / 2) * 16 + token0; }
 
-  int g_, token_, position_[2] = {};
-  int64_t cache_[2] = {};
-  float factor_[2] = {};  // of a reader: to correct its sums; of a maker: the guess
+  __device__ void rotate(int token, int e, int first, int row, const Ahead& ahead, float low,
+                         float high) const {
+    const Q4GemmSink& s = a.sink;
+    const int head = first / s.head_dim;
+    const bool value = first >= s.rotated, query = head < s.heads;
+    // Of row g and the row it meets, from where the token's are.
+    const int at =
+        value ? row - s.rotated : row - (first - head * s.head_dim) / 2 - (query ? 0 : s.heads * s.head_dim);
+    const int further = value ? 8 : s.head_dim / 2;
+    const int64_t cache =
+        (state.sequence[in_block + e] * s.ctx + state.position[in_block + e]) * (s.kv_heads * s.head_dim);
+    const float cosine = ahead.v[2 * e], sine = ahead.v[2 * e + 1];
+    const int64_t to = (query ? token * int(s.y_pitch) : cache) + at;
+    void* const p = query ? s.y : value ? s.v : s.k;
+    const bool half = query ? s.y_half : s.kv_half;
+    sink_store(p, half, to, value ? low : low * cosine - high * sine);
+    sink_store(p, half, to + further, value ? high : low * sine + high * cosine);
+  }
 };
+
+#endif  // Q4S_SM90A
 
 }  // namespace q4s

@@ -285,6 +285,8 @@ __device__ inline void q4_stage_sums(float* tokens, int warp, int lane, const fl
 // ---- host
 // ----------------------------------------------------------------------------------------------------------
 // For tiles of `rows` rows and stages of `stage_tiles` tiles of K; a block loads x_columns tokens at a time.
+void q4_gemm_weight_maps(const Q4GemmArgs&, int rows, int stage_tiles, Q4Operands&, CUtensorMap& w,
+                         CUtensorMap& s);
 Q4Maps q4_gemm_maps(const Q4GemmArgs&, int rows, int x_columns, int stage_tiles, Q4Operands&);
 
 void q4_gemm_stream_cuda(const Q4GemmArgs&, const Q4GemmConfig&, cudaStream_t);

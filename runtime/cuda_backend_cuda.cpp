@@ -235,7 +235,7 @@ class CudaBackend final : public Backend {
             device_.multiProcessorCount,
             device_.major == 9,
             chain_,
-            stream_handover_};
+            gemm_chain_};
   }
   size_t node_scratch(const Graph& g) const { return node_scratch_cuda(g, device_.multiProcessorCount); }
 
@@ -343,7 +343,7 @@ class CudaBackend final : public Backend {
   CudaLoader loader_;
   DenseCuda dense_;
   DecodeChain chain_;  // of the step being launched
-  StreamHandover stream_handover_;
+  GemmChain gemm_chain_;
   std::map<StepKey, Captured> steps_;
   Pinned<int32_t> ring_;  // (kAhead, ring_rows_) tokens drawn
   int64_t ring_rows_ = 0;

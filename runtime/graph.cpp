@@ -125,7 +125,6 @@ Tensor& Graph::norm_linear(Tensor& x, const Weight& gain, float eps, const Weigh
   Tensor& t = linear(x, w);
   t.gain = &gain;
   t.eps = eps;
-  x.norm_reader = &t;
   return t;
 }
 

@@ -23,29 +23,14 @@ size_t split_bytes(int multiprocessors) {
   return std::max(4096 + size_t(multiprocessors) * 128 * 256 * sizeof(float),
                   size_t(aligned(int64_t(attention_decode_scratch_bytes(multiprocessors)))));
 }
-// Behind them what chains exchange, and the stream's handover.
-constexpr int64_t kHandoverColumns = 16384;  // most of a stream that has one
-constexpr size_t kHandoverX = kQ4GemmFewTokens * kHandoverColumns * sizeof(uint16_t);
-constexpr size_t kHandoverSquares = kHandoverColumns / kQ4TileRows * kQ4GemmFewTokens * sizeof(float);
-constexpr size_t kHandoverGuess = kQ4GemmFewTokens * sizeof(float);  // of two
-size_t handover_at(int multiprocessors) {
+// Behind them what chains of either kind exchange.
+size_t gemm_exchange_at(int multiprocessors) {
   return split_bytes(multiprocessors) + size_t(aligned(int64_t(kLinearDecodeExchange)));
 }
 size_t workspace_bytes(int multiprocessors) {
-  return handover_at(multiprocessors) + aligned(int64_t(kHandoverX + kHandoverSquares + 2 * kHandoverGuess));
+  return gemm_exchange_at(multiprocessors) + aligned(int64_t(kQ4GemmExchange));
 }
-
-Q4GemmHandover handover(const Tensor& reader, const CudaStep& s) {
-  std::byte* const at = s.scratch + handover_at(s.multiprocessors);
-  std::byte* const guesses = at + kHandoverX + kHandoverSquares;
-  const auto guess = [&](int i) { return reinterpret_cast<float*>(guesses + size_t(i) * kHandoverGuess); };
-  return {reinterpret_cast<const float*>(on_device(*reader.gain).view.data),
-          reader.eps,
-          reinterpret_cast<uint16_t*>(at),
-          reinterpret_cast<float*>(at + kHandoverX),
-          guess(s.stream_handover.guess),
-          guess(s.stream_handover.guess ^ 1)};
-}
+std::byte* gemm_exchange(const CudaStep& s) { return s.scratch + gemm_exchange_at(s.multiprocessors); }
 
 // Whether the rows of w are packed as a kernel with this epilogue needs them.
 bool packed_for(const DeviceMatrix& w, Epilogue epilogue) {
@@ -150,6 +135,12 @@ bool stored_half(const Tensor& t, const CudaStep& s) {
 // No position of the step reaches this.
 int64_t reach(const CudaStep& s) { return s.counts.reach ? s.counts.reach : s.kv.ctx; }
 
+void run_gemm_chain(const CudaStep& s) {
+  std::vector<Q4GemmArgs> products;
+  std::swap(products, s.gemm_chain.products);
+  if (!products.empty()) q4_gemm_chain_cuda(products.data(), products.size(), gemm_exchange(s), s.stream);
+}
+
 // A linear with this epilogue for few tokens, its largest number at a time, joins the chain; false where it
 // cannot.
 bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float* y, const CudaStep& s) {
@@ -173,6 +164,8 @@ bool linear_few(const Tensor& t, Epilogue epilogue, const float* residual, float
       a.heads = t.head.heads;
       a.kv_heads = t.head.kv_heads;
     }
+    run_gemm_chain(s);
+    if (t.gain) s.gemm_chain.normalised = nullptr;
     DecodeChain& chain = s.chain;
     a.attends = chain.attention && chain.attention == t.src[0];
     if (a.attends) a.longest = reach(s);
@@ -191,16 +184,16 @@ Q4GemmConfig gemm_config(const DeviceMatrix& w, int64_t rows, const CudaStep& s)
   return q4_gemm_config({rows, w.tiles.layout, s.multiprocessors, s.hopper});
 }
 
-// Whether t, a product added to a stream, is to leave what the product that normalises it next needs.
-bool hands_over(const Tensor& t, const Q4GemmConfig& config, const CudaStep& s) {
-  const Tensor* const reader = t.norm_reader;
-  const int64_t rows = s.counts.of(t.rows);
-  if (config.kernel != Q4GemmKernel::kFew || rows > kQ4GemmFewTokens || t.epilogue != Epilogue::kNone ||
-      !t.src[1] || t.src[1] != s.stream_handover.normalised || t.cols % kQ4TileCols ||
-      t.cols > kHandoverColumns || !reader || reader->rows != t.rows)
+// Whether t, as `a`, may be launched with the chain's last product and those before: then its x is what that
+// makes.
+bool joins(const Tensor& t, const Q4GemmArgs& a, const CudaStep& s) {
+  const GemmChain& chain = s.gemm_chain;
+  if (chain.products.empty() || chain.products.size() == kQ4GemmChain || chain.last != t.src[0] ||
+      s.observed || !q4_gemm_follows(a, chain.products.back()))
     return false;
-  const DeviceMatrix& w = on_device(*reader->weight);
-  return many(w, reader->epilogue, rows) && gemm_config(w, rows, s).kernel == Q4GemmKernel::kFew;
+  // The stream: what its norm's factor was before is known of the stream that the maker added to. Else no one
+  // but t may want what the other product makes.
+  return t.gain ? chain.last->src[1] && chain.last->src[1] == chain.normalised : stored_half(*t.src[0], s);
 }
 
 // The same for many tokens.
@@ -208,38 +201,10 @@ bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, floa
   const DeviceMatrix& w = on_device(*t.weight);
   const int64_t rows = s.counts.of(t.rows);
   if (!many(w, epilogue, rows)) return false;
-  run_chain_cuda(s);
   const Q4GemmConfig config = gemm_config(w, rows, s);
   if (config.workspace_bytes > split_bytes(s.multiprocessors))
     throw std::logic_error("workspace of a product: " + config.print());
-  const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
-  StreamHandover& stream = s.stream_handover;
-  Q4GemmHandover reads, makes;
   Q4GemmArgs a{};
-  if (t.gain && stream.made == t.src[0]) {
-    reads = handover(t, s);
-    a.reads = &reads, a.x = reads.x;
-    stream = {t.src[0], nullptr, stream.guess ^ 1};
-  } else if (stored_half(*t.src[0], s)) {
-    a.x = reinterpret_cast<const uint16_t*>(t.src[0]->data);
-  } else {
-    uint16_t* const x = reinterpret_cast<uint16_t*>(s.scratch + at.rest);
-    Q4GemmActivationsArgs activations{
-        t.src[0]->f32(), t.gain ? vector_of(*t.gain) : nullptr, x, rows, w.view.k, t.eps, true};
-    if (t.gain && rows <= kQ4GemmFewTokens) {
-      activations.guess = handover(t, s).next_guess;
-      stream = {t.src[0], nullptr, stream.guess ^ 1};
-    }
-    q4_gemm_activations_cuda(activations, s.stream);
-    a.x = x;
-  }
-  if (hands_over(t, config, s)) {
-    makes = handover(*t.norm_reader, s);
-    a.makes = &makes;
-    stream.made = &t;
-  } else if (stream.made == &t) {
-    stream.made = nullptr;
-  }
   a.w = w.tiles.layout;
   a.grid = w.tiles.grid;
   a.codes = w.tiles.codes;
@@ -261,7 +226,31 @@ bool linear_many(const Tensor& t, Epilogue epilogue, const float* residual, floa
   }
   a.workspace = s.scratch;
   a.pdl = true;
-  q4_gemm_cuda(a, config, s.stream);
+  a.gain = t.gain ? vector_of(*t.gain) : nullptr, a.eps = t.eps;
+  GemmChain& chain = s.gemm_chain;
+  const bool few = config.kernel == Q4GemmKernel::kFew;
+  if (few && joins(t, a, s)) {
+    if (!t.gain) chain.products.back().y = nullptr;
+  } else {
+    run_chain_cuda(s);
+    if (!t.gain && stored_half(*t.src[0], s)) {
+      a.x = reinterpret_cast<const uint16_t*>(t.src[0]->data);
+    } else {
+      const Scratch at(t, rows, workspace_bytes(s.multiprocessors));
+      uint16_t* const x = reinterpret_cast<uint16_t*>(s.scratch + at.rest);
+      q4_gemm_activations_cuda({t.src[0]->f32(), a.gain, x, rows, w.view.k, t.eps, true,
+                                few && t.gain ? q4_gemm_guess(gemm_exchange(s)) : nullptr},
+                               s.stream);
+      a.x = x;
+    }
+  }
+  if (t.gain) chain.normalised = few ? t.src[0] : nullptr;
+  if (!few) {
+    q4_gemm_cuda(a, config, s.stream);
+    return true;
+  }
+  chain.last = &t;
+  chain.products.push_back(a);
   return true;
 }
 
@@ -270,7 +259,6 @@ void run_linear(Tensor& t, const CudaStep& s) {
   const int64_t rows = s.counts.of(t.rows);
   if (rows == 0) return;
   const float* residual = t.epilogue != Epilogue::kRopeKv && t.src[1] ? t.src[1]->f32() : nullptr;
-  if (t.gain) s.stream_handover.normalised = nullptr;
   if (linear_few(t, t.epilogue, residual, t.f32(), s) || linear_many(t, t.epilogue, residual, t.f32(), s))
     return;
 
@@ -369,6 +357,7 @@ void run_node_cuda(Tensor& t, const CudaStep& s) {
 }
 
 void run_chain_cuda(const CudaStep& s) {
+  run_gemm_chain(s);
   DecodeChain chain;
   std::swap(chain, s.chain);
   if (!chain.products.empty())

@@ -5,6 +5,7 @@
 
 #include "kernels/dense_cuda.h"
 #include "kernels/linear_decode.h"
+#include "kernels/linear_q4_gemm.h"
 #include "runtime/backend.h"
 
 namespace q4s {
@@ -16,12 +17,11 @@ struct DecodeChain {
   Tensor* attention = nullptr;
 };
 
-// The residual stream in a form that spares a kernel for its norm (Q4GemmHandover), between the product that
-// makes it and the one that normalises it.
-struct StreamHandover {
-  const Tensor* normalised = nullptr;  // whose norm was found last, in the guesses' place `guess`
-  const Tensor* made = nullptr;        // what the handover is of
-  int guess = 0;
+// Likewise, products of up to kQ4GemmFewTokens.
+struct GemmChain {
+  std::vector<Q4GemmArgs> products;
+  const Tensor* last = nullptr;        // what the last of them makes
+  const Tensor* normalised = nullptr;  // whose norm was found last: what q4_gemm_guess() is of by then
 };
 
 struct CudaStep {
@@ -33,7 +33,7 @@ struct CudaStep {
   int multiprocessors;
   bool hopper;
   DecodeChain& chain;
-  StreamHandover& stream_handover;
+  GemmChain& gemm_chain;
   bool observed = false;  // someone reads results between nodes: they are all f32
 };
 

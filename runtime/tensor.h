@@ -50,7 +50,6 @@ struct Tensor {
   bool keep = false;                    // result read by the caller: its rows outlive the step
   int readers = 0;                      // nodes that have it among their sources
   const Tensor* reader = nullptr;       // the last of them
-  const Tensor* norm_reader = nullptr;  // the last linear that normalises it first
   std::byte* data = nullptr;            // (rows, cols), set by Graph::bind
 
   const float* f32() const { return reinterpret_cast<const float*>(data); }

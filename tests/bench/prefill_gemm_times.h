@@ -31,12 +31,18 @@ class LayerBench {
         y_(kMaxTokens * 22016),
         residual_(kMaxTokens * 4096),
         workspace_(64 << 20),
+        exchange_(kQ4GemmExchange),
         kv_(2 * kMaxTokens * 4096),
         table_(kMaxTokens * 128),
+        gain_(std::vector<float>(4096, 1.f)),
         position_(kMaxTokens),
         sequence_(kMaxTokens) {
+    const std::vector<float> guess(kQ4GemmFewTokens, kQ4GemmHeadroom);
     std::mt19937_64 r(3);
-    residual_.fill_byte(0), table_.fill_byte(0), workspace_.fill_byte(0);
+    residual_.fill_byte(0), table_.fill_byte(0), workspace_.fill_byte(0), exchange_.fill_byte(0);
+    cuda_check(
+        cudaMemcpy(q4_gemm_guess(exchange_.data()), guess.data(), guess.size() * 4, cudaMemcpyHostToDevice),
+        "guesses");
     std::vector<int32_t> position(kMaxTokens);
     for (size_t i = 0; i < position.size(); ++i) position[i] = int32_t(i);
     position_.write(position), sequence_.fill_byte(0);
@@ -76,7 +82,7 @@ class LayerBench {
   }
   Q4GemmShape shape(int m, int64_t tokens) const { return {tokens, layout(m), sms_, true}; }
 
-  void product(int layer, int m, int64_t tokens, const Q4GemmConfig& c, bool pdl, cudaStream_t stream) {
+  Q4GemmArgs args(int layer, int m, int64_t tokens, bool pdl) {
     Q4GemmArgs a = {};
     a.x = x_.data(), a.w = layout(m), a.grid = Grid::kInt;
     a.codes = codes_[layer * 4 + m].data(), a.scales = scales_[layer * 4 + m].data();
@@ -89,8 +95,20 @@ class LayerBench {
     a.kv = {kv_.data(), kv_.data() + kMaxTokens * 4096, KvType::kF16, kMaxTokens};
     a.heads = a.kv_heads = 32;
     a.workspace = workspace_.data(), a.pdl = pdl;
+    return a;
+  }
+  void product(int layer, int m, int64_t tokens, const Q4GemmConfig& c, bool pdl, cudaStream_t stream) {
     if (c.workspace_bytes > workspace_.size()) throw std::runtime_error("workspace of the bench too small");
-    q4_gemm_cuda(a, c, stream);
+    q4_gemm_cuda(args(layer, m, tokens, pdl), c, stream);
+  }
+  // o, gate|up and down of a layer and qkv of the next, as they follow each other between two attentions.
+  void chain(int layer, int64_t tokens, bool pdl, cudaStream_t stream) {
+    Q4GemmArgs all[] = {args(layer, 1, tokens, pdl), args(layer, 2, tokens, pdl), args(layer, 3, tokens, pdl),
+                        args((layer + 1) % kLayers, 0, tokens, pdl)};
+    for (int i = 1; i < 4; ++i)
+      all[i].x = nullptr, all[i].gain = i == 2 ? nullptr : gain_.data(), all[i].eps = 1e-5f;
+    all[1].y = nullptr, all[2].residual = y_.data();
+    q4_gemm_chain_cuda(all, 4, exchange_.data(), stream);
   }
   // A matrix in all layers, one after the other; all matrices of all layers.
   std::function<void(cudaStream_t)> one(int m, int64_t tokens, const Q4GemmConfig& c) {
@@ -100,8 +118,13 @@ class LayerBench {
   }
   std::function<void(cudaStream_t)> layers(int64_t tokens, const std::vector<Q4GemmConfig>& c, bool pdl) {
     return [=, this](cudaStream_t s) {
+      const bool few = std::all_of(c.begin(), c.end(),
+                                   [](const Q4GemmConfig& i) { return i.kernel == Q4GemmKernel::kFew; });
       for (int l = 0; l < kLayers; ++l)
-        for (int m = 0; m < 4; ++m) product(l, m, tokens, c[m], pdl, s);
+        if (few)
+          chain(l, tokens, pdl, s);
+        else
+          for (int m = 0; m < 4; ++m) product(l, m, tokens, c[m], pdl, s);
     };
   }
   Timer& timer() { return timer_; }
@@ -113,9 +136,9 @@ class LayerBench {
   Timer timer_;
   DeviceBuffer<uint16_t> x_;
   DeviceBuffer<float> y_, residual_;
-  DeviceBuffer<std::byte> workspace_;
+  DeviceBuffer<std::byte> workspace_, exchange_;
   DeviceBuffer<uint16_t> kv_;
-  DeviceBuffer<float> table_;
+  DeviceBuffer<float> table_, gain_;
   DeviceBuffer<int32_t> position_, sequence_;
   std::vector<DeviceBuffer<uint8_t>> codes_;
   std::vector<DeviceBuffer<uint16_t>> scales_;
@@ -207,12 +230,14 @@ inline double time_gemm(int sms, bool sweep, const std::vector<int64_t>& counts)
   return peak;
 }
 
-// The four products once more than once, for a profiler to look at the second.
+// The four products more than once, alone and as a chain, for a profiler to look at the second.
 inline void profile_gemm(int sms, int64_t tokens) {
   LayerBench bench(sms);
   for (int layer = 0; layer < 2; ++layer)
     for (int m = 0; m < 4; ++m)
       bench.product(layer, m, tokens, q4_gemm_config(bench.shape(m, tokens)), false, bench.timer().stream());
+  for (int layer = 0; layer < 2 && tokens <= kQ4GemmFewTokens; ++layer)
+    bench.chain(layer, tokens, false, bench.timer().stream());
   cuda_check(cudaDeviceSynchronize(), "products");
 }
 

@@ -76,7 +76,7 @@ class Step {
                         multiprocessors_,
                         hopper_,
                         chain_,
-                        stream_handover_};
+                        gemm_chain_};
     for (const auto& n : graph_.nodes()) {
       const unsigned part = n->op == Op::kAttention ? kAttention
                             : n.get() == logits_    ? kHead
@@ -102,7 +102,7 @@ class Step {
   KvCache kv_;
   DenseCuda dense_;
   DecodeChain chain_;
-  StreamHandover stream_handover_;
+  GemmChain gemm_chain_;
   int multiprocessors_ = 0;
   bool hopper_ = false;
   DeviceBuffer<SampleState> state_;

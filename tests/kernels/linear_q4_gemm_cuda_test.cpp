@@ -1,5 +1,5 @@
-// The handover of the int4 GEMM between a product that makes the residual stream and one that normalises it,
-// against the definition in double; whatever the guess was, and the same bits twenty times.
+// Chains of the int4 GEMM against the definition in double; whatever the guess was, and the same bits twenty
+// times.
 #include <cmath>
 #include <random>
 
@@ -20,12 +20,15 @@ struct Weights {
   DeviceGuarded<uint8_t> codes;
   DeviceGuarded<uint16_t> tile_scales;
 
-  explicit Weights(const Q4Layout& l)
+  Grid grid;
+
+  Weights(const Q4Layout& l, Grid g)
       : layout(l),
         data(size_t(l.n * l.k / 2)),
         scales(size_t(l.n * l.groups())),
         codes(l.code_bytes()),
-        tile_scales(l.scale_bytes() / 2) {
+        tile_scales(l.scale_bytes() / 2),
+        grid(g) {
     std::mt19937_64 rng(uint64_t(l.n * 131 + l.k));
     for (uint8_t& b : data) b = uint8_t(rng());
     for (uint16_t& s : scales) s = float_to_half(0.004f * (0.5f + float(rng() % 100) / 100));
@@ -36,14 +39,16 @@ struct Weights {
   }
   double at(int64_t row, int64_t k) const {
     const int code = data[size_t((row * layout.k + k) / 2)] >> (k % 2 * 4) & 15;
-    return double(half_to_float(scales[size_t(row * layout.groups() + k / layout.group)])) * (code - 8);
+    return double(half_to_float(scales[size_t(row * layout.groups() + k / layout.group)])) *
+           (code - (grid == Grid::kInt ? 8 : 7.5));
   }
 };
 
 struct Case {
-  int64_t tokens, from, stream, to, group;  // columns of the maker, of the stream, rows of the reader
-  Q4GemmOutput output;                      // of the reader
-  float guess;                              // as a multiple of the true factor
+  int64_t tokens, dim, heads, hidden;  // heads: of 32 columns, one of which keys and values have
+  int64_t group;
+  Grid grid;
+  float guess;  // as a multiple of the true factor
 };
 
 Q4Layout layout(int64_t n, int64_t k, int64_t group, RowMap map) {
@@ -52,145 +57,298 @@ Q4Layout layout(int64_t n, int64_t k, int64_t group, RowMap map) {
   return l;
 }
 
+// Rows of a product and what they may err by: x in fp16 with errors of `x_error` and, below fp16's normal
+// range, of `x_step`; weights, where they are not integers, in fp16; sums in f32.
+struct Product {
+  std::vector<double> value, bound;
+  Product(const Weights& w, const std::vector<double>& x, double x_error, const std::vector<double>& x_step)
+      : value(size_t(int64_t(x.size()) / w.layout.k * w.layout.n)), bound(value.size()) {
+    const int64_t k = w.layout.k, n = w.layout.n, tokens = int64_t(x.size()) / k;
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t row = 0; row < n; ++row) {
+        double sum = 0, may = 0;
+        for (int64_t j = 0; j < k; ++j) {
+          const double weight = w.at(row, j), in = x[size_t(t * k + j)];
+          sum += weight * in;
+          may += std::abs(weight * in) * (0x1p-11 + x_error + (double(k) / 16 + 32) * 0x1p-22) +
+                 std::abs(weight) * x_step[size_t(t)] + std::abs(in) * 0x1p-24;
+        }
+        value[size_t(t * n + row)] = sum, bound[size_t(t * n + row)] = may;
+      }
+  }
+};
+
+// o, gate|up, down and qkv as they follow each other, each against the product in double of what the device
+// made before it.
 void check(const Case& c) {
   CAPTURE(c.tokens);
-  CAPTURE(c.stream);
-  CAPTURE(c.to);
+  CAPTURE(c.dim);
+  CAPTURE(c.hidden);
   CAPTURE(c.group);
   CAPTURE(c.guess);
-  const int64_t t = c.tokens, d = c.stream, n = c.to;
-  const bool swiglu = c.output == Q4GemmOutput::kSwiglu;
+  constexpr int64_t kHead = 32, kCtx = 40;
   constexpr float kEps = 1e-5f;
-  Weights maker(layout(d, c.from, c.group, RowMap::kPlain));
-  Weights reader(layout(n, d, c.group, swiglu ? RowMap::kPairHalves : RowMap::kPlain));
+  const int64_t t = c.tokens, d = c.dim, f = c.hidden, qkv = (c.heads + 2) * kHead, from = c.heads * kHead;
+  Q4Layout rope = layout(qkv, d, c.group, RowMap::kRope);
+  rope.head_dim = kHead, rope.rotated = (c.heads + 1) * kHead;
+  Weights o(layout(d, from, c.group, RowMap::kPlain), c.grid),
+      gate_up(layout(2 * f, d, c.group, RowMap::kPairHalves), c.grid),
+      down(layout(d, f, c.group, RowMap::kPlain), c.grid), next(rope, c.grid);
   std::mt19937_64 rng(5);
   std::normal_distribution<float> normal;
-  std::vector<float> residual(static_cast<size_t>(t * d)), gain(static_cast<size_t>(d));
-  for (float& v : residual) v = 3 * normal(rng);
-  for (float& v : gain) v = 0.5f + std::abs(normal(rng));
-  const int64_t pitch = q4_gemm_pitch(c.from);
+  const auto random = [&](int64_t count, float scale) {
+    std::vector<float> v(static_cast<size_t>(count));
+    for (float& e : v) e = scale * normal(rng);
+    return v;
+  };
+  const std::vector<float> residual = random(t * d, 3);
+  std::vector<float> gain = random(d, 1), table(size_t(kCtx * kHead)), x0 = random(t * from, 1);
+  for (float& v : gain) v = 0.5f + std::abs(v);
+  for (size_t i = 0; i + 1 < table.size(); i += 2)
+    table[i] = std::cos(float(i) * 0.37f), table[i + 1] = std::sin(float(i) * 0.37f);
+  std::vector<int32_t> position(static_cast<size_t>(t)), sequence(position.size(), 0);
+  for (size_t i = 0; i < position.size(); ++i) position[i] = int32_t(i * 7 % kCtx);
+  const int64_t pitch = q4_gemm_pitch(from);
   std::vector<uint16_t> x(static_cast<size_t>(t * pitch), 0);
   for (int64_t i = 0; i < t; ++i)
-    for (int64_t j = 0; j < c.from; ++j) x[size_t(i * pitch + j)] = float_to_half(normal(rng));
+    for (int64_t j = 0; j < from; ++j) {
+      x[size_t(i * pitch + j)] = float_to_half(x0[size_t(i * from + j)]);
+      x0[size_t(i * from + j)] = half_to_float(x[size_t(i * pitch + j)]);
+    }
 
-  DeviceGuarded<float> d_residual{std::span<const float>(residual)}, d_gain{std::span<const float>(gain)};
-  DeviceGuarded<uint16_t> d_x{std::span<const uint16_t>(x)};
-  const int64_t columns = swiglu ? n / 2 : n;
-  DeviceGuarded<float> y(t * d), y_alone(t * d), z(t * columns);
-  DeviceGuarded<uint16_t> stream(t * d);
-  DeviceGuarded<float> squares(d / kQ4TileRows * kQ4GemmFewTokens), guess(kQ4GemmFewTokens),
-      next(kQ4GemmFewTokens);
-  const Q4GemmHandover handover{d_gain.data(),  kEps,         stream.data(),
-                                squares.data(), guess.data(), next.data()};
-  const auto run = [&](Weights& w, const uint16_t* from, Q4GemmOutput output, const float* add, float* to,
-                       const Q4GemmHandover* makes, const Q4GemmHandover* reads) {
+  DeviceGuarded<float> d_residual{std::span<const float>(residual)}, d_gain{std::span<const float>(gain)},
+      d_table{std::span<const float>(table)}, stream(t * d), last(t * d), q(t * from), k(kCtx * kHead),
+      v(kCtx * kHead);
+  DeviceGuarded<int32_t> d_position{std::span<const int32_t>(position)},
+      d_sequence{std::span<const int32_t>(sequence)};
+  DeviceGuarded<uint16_t> d_x{std::span<const uint16_t>(x)}, between(t * f);
+  DeviceGuarded<std::byte> exchange{int64_t(kQ4GemmExchange)};
+  cuda_check(cudaMemset(exchange.data(), 0, kQ4GemmExchange), "the exchange");
+  float* const guess = q4_gemm_guess(exchange.data());
+
+  const auto args = [&](Weights& w, Q4GemmOutput output, void* y) {
     Q4GemmArgs a{};
-    a.x = from, a.w = w.layout, a.codes = w.codes.data(), a.scales = w.tile_scales.data();
-    a.tokens = t, a.output = output, a.y = to, a.residual = add;
-    a.y_pitch = output == Q4GemmOutput::kSwiglu ? w.layout.n / 2 : w.layout.n;
-    a.pdl = true, a.makes = makes, a.reads = reads;
-    q4_gemm_cuda(a, q4_gemm_config_few({t, w.layout, device_facts().multiprocessors, true}), nullptr);
+    a.w = w.layout, a.grid = c.grid, a.codes = w.codes.data(), a.scales = w.tile_scales.data();
+    a.tokens = t, a.output = output, a.y = y, a.y_pitch = w.layout.n, a.pdl = true, a.eps = kEps;
+    return a;
   };
-  run(maker, d_x.data(), Q4GemmOutput::kStore, d_residual.data(), y_alone.data(), nullptr, nullptr);
-  cuda_check(cudaDeviceSynchronize(), "a product");
-  const std::vector<float> sum = y_alone.get();
-  std::vector<double> factor(static_cast<size_t>(t));
-  std::vector<float> guesses(size_t(kQ4GemmFewTokens), 1.f);
-  for (int64_t i = 0; i < t; ++i) {
-    double squared = 0;
-    for (int64_t j = 0; j < d; ++j) squared += double(sum[size_t(i * d + j)]) * sum[size_t(i * d + j)];
-    factor[size_t(i)] = 1 / std::sqrt(squared / double(d) + double(kEps));
-    guesses[size_t(i)] = float(factor[size_t(i)]) * c.guess;
-  }
-  guess.put(guesses);
+  Q4GemmArgs all[] = {
+      args(o, Q4GemmOutput::kStore, stream.data()), args(gate_up, Q4GemmOutput::kSwiglu, between.data()),
+      args(down, Q4GemmOutput::kStore, last.data()), args(next, Q4GemmOutput::kRopeKv, q.data())};
+  all[0].x = d_x.data(), all[0].residual = d_residual.data(), all[2].residual = stream.data();
+  all[1].gain = all[3].gain = d_gain.data();
+  all[1].y_half = true, all[1].y_pitch = f, all[3].y_pitch = from;
+  all[3].table = d_table.data(), all[3].at = {d_position.data(), d_sequence.data()};
+  all[3].kv = {k.data(), v.data(), KvType::kF32, kCtx}, all[3].heads = c.heads, all[3].kv_heads = 1;
 
-  std::vector<float> first;
-  for (int run_of = 0; run_of < 20; ++run_of) {
-    run(maker, d_x.data(), Q4GemmOutput::kStore, d_residual.data(), y.data(), &handover, nullptr);
-    run(reader, stream.data(), c.output, nullptr, z.data(), nullptr, &handover);
-    cuda_check(cudaDeviceSynchronize(), "two products");
-    if (run_of == 0) first = z.get();
-    REQUIRE(z.get() == first);
+  // What the guess is wrong by says what the values in fp16 lose.
+  const auto factors = [&](const std::vector<float>& of) {
+    std::vector<double> factor(static_cast<size_t>(t));
+    for (int64_t i = 0; i < t; ++i) {
+      double squared = 0;
+      for (int64_t j = 0; j < d; ++j) squared += double(of[size_t(i * d + j)]) * of[size_t(i * d + j)];
+      factor[size_t(i)] = 1 / std::sqrt(squared / double(d) + double(kEps));
+    }
+    return factor;
+  };
+  q4_gemm_cuda(all[0], q4_gemm_config_few({t, o.layout, device_facts().multiprocessors, true}), nullptr);
+  cuda_check(cudaDeviceSynchronize(), "a product");
+  const std::vector<double> about = factors(stream.get());
+  std::vector<float> guesses(static_cast<size_t>(t));
+  for (size_t i = 0; i < guesses.size(); ++i) guesses[i] = float(about[i]) * c.guess;
+
+  std::vector<float> sum, first_q, first_k, first_v, first_last;
+  std::vector<uint16_t> first_between;
+  for (int run = 0; run < (quick() > 1 ? 3 : 20); ++run) {
+    // Shorter chains serve the exchange alike.
+    if (run % 3 == 1) q4_gemm_chain_cuda(all, 2 + size_t(run % 2), exchange.data(), nullptr);
+    cuda_check(cudaMemcpy(guess, guesses.data(), guesses.size() * 4, cudaMemcpyHostToDevice), "guesses");
+    q4_gemm_chain_cuda(all, 4, exchange.data(), nullptr);
+    cuda_check(cudaDeviceSynchronize(), "a chain");
+    if (run == 0)
+      sum = stream.get(), first_q = q.get(), first_k = k.get(), first_v = v.get(),
+      first_between = between.get(), first_last = last.get();
+    REQUIRE(stream.get() == sum);
+    REQUIRE(between.get() == first_between);
+    REQUIRE(last.get() == first_last);
+    REQUIRE((q.get() == first_q && k.get() == first_k && v.get() == first_v));
   }
-  CHECK(y.get() == sum);
-  const std::vector<float> given = next.get();
+  const std::vector<double> factor = factors(sum);
+
   double worst = 0;
-  for (int64_t i = 0; i < t; ++i) {
-    CHECK(given[size_t(i)] == doctest::Approx(factor[size_t(i)] * kQ4GemmHeadroom).epsilon(1e-6));
-    std::vector<double> product(static_cast<size_t>(n)), bound(static_cast<size_t>(n));
-    for (int64_t row = 0; row < n; ++row)
-      for (int64_t k = 0; k < d; ++k) {
-        const double w = reader.at(row, k), in = sum[size_t(i * d + k)] * factor[size_t(i)] * gain[size_t(k)];
-        product[size_t(row)] += w * in;
-        // x and, where they are not integers, weights in fp16, below its normal range in steps of 2^-24; sums
-        // in f32.
-        bound[size_t(row)] += std::abs(w * in) * (0x1p-10 + (double(d) / 16 + 32) * 0x1p-22) +
-                              std::abs(w) * 0x1p-25 / c.guess + std::abs(in) * 0x1p-24;
-      }
-    for (int64_t j = 0; j < columns; ++j) {
-      double want = product[size_t(j)], may = bound[size_t(j)];
-      if (swiglu) {
-        const double gate = want, up = product[size_t(j + columns)], eu = bound[size_t(j + columns)];
-        const double silu = gate / (1 + std::exp(-gate));
-        want = silu * up;
-        may = 1.1 * may * (std::abs(up) + eu) + std::abs(silu) * eu +
-              std::abs(want) * (8 + 2 * std::abs(gate)) * 0x1p-23;
-      }
-      worst = std::max(worst, std::abs(first[size_t(i * columns + j)] - want) / may);
+  const auto one = [&](double got, double want, double may) {
+    worst = std::max(worst, std::isfinite(got) ? std::abs(got - want) / may : 1e30);
+  };
+  const std::vector<double> none(static_cast<size_t>(t), 0.0);
+  {
+    const Product p(o, std::vector<double>(x0.begin(), x0.end()), 0, none);
+    for (size_t i = 0; i < sum.size(); ++i) {
+      const double want = p.value[i] + double(residual[i]);
+      one(double(sum[i]), want, p.bound[i] + std::abs(want) * 0x1p-22);
     }
   }
+  const auto normalised = [&](const std::vector<float>& of, const std::vector<double>& by) {
+    std::vector<double> in(of.size());
+    for (size_t i = 0; i < in.size(); ++i)
+      in[i] = double(of[i]) * by[i / size_t(d)] * double(gain[i % size_t(d)]);
+    return in;
+  };
+  {
+    std::vector<double> step(static_cast<size_t>(t), 0x1p-25 / double(c.guess));
+    const Product p(gate_up, normalised(sum, factor), 0x1p-11 + 0x1p-20, step);
+    for (int64_t i = 0; i < t; ++i)
+      for (int64_t j = 0; j < f; ++j) {
+        const size_t g = size_t(i * 2 * f + j), u = g + size_t(f);
+        const double gate = p.value[g], up = p.value[u], eg = p.bound[g], eu = p.bound[u];
+        const double silu = gate / (1 + std::exp(-gate)), want = silu * up;
+        one(double(half_to_float(first_between[size_t(i * f + j)])), want,
+            1.1 * eg * (std::abs(up) + eu) + std::abs(silu) * eu +
+                std::abs(want) * (0x1p-11 + (8 + 2 * std::abs(gate)) * 0x1p-23) + 0x1p-25);
+      }
+  }
+  {
+    std::vector<double> in;
+    for (uint16_t h : first_between) in.push_back(double(half_to_float(h)));
+    const Product p(down, in, 0, none);
+    for (size_t i = 0; i < sum.size(); ++i) {
+      const double want = p.value[i] + double(sum[i]);
+      one(double(first_last[i]), want, p.bound[i] + std::abs(want) * 0x1p-22);
+    }
+  }
+  const std::vector<double> last_factor = factors(first_last);
+  {
+    std::vector<double> step(static_cast<size_t>(t));  // its guess: the factor of the stream before
+    for (size_t i = 0; i < step.size(); ++i)
+      step[i] = 0x1p-25 * last_factor[i] / (factor[i] * double(kQ4GemmHeadroom));
+    const Product p(next, normalised(first_last, last_factor), 0x1p-11 + 0x1p-20, step);
+    for (int64_t i = 0; i < t; ++i)
+      for (int64_t row = 0; row < qkv; ++row) {
+        const int64_t head = row / kHead, in_head = row % kHead, at = position[size_t(i)];
+        const size_t self = size_t(i * qkv + row);
+        if (head > c.heads) {
+          one(double(first_v[size_t(at * kHead + in_head)]), p.value[self], p.bound[self]);
+          continue;
+        }
+        const bool low = in_head < kHead / 2;
+        const size_t other = low ? self + kHead / 2 : self - kHead / 2;
+        const size_t turn = size_t(at * kHead + in_head % (kHead / 2) * 2);
+        const double cosine = double(table[turn]), sine = double(table[turn + 1]) * (low ? -1 : 1);
+        const double got = head < c.heads ? double(first_q[size_t(i * from + row)])
+                                          : double(first_k[size_t(at * kHead + in_head)]);
+        one(got, p.value[self] * cosine + p.value[other] * sine,
+            p.bound[self] + p.bound[other] + (std::abs(p.value[self]) + std::abs(p.value[other])) * 0x1p-22);
+      }
+  }
   CHECK(worst <= 1);
+  cuda_check(cudaMemcpy(guesses.data(), guess, guesses.size() * 4, cudaMemcpyDeviceToHost), "guesses");
+  for (size_t i = 0; i < guesses.size(); ++i)
+    CHECK(double(guesses[i]) == doctest::Approx(last_factor[i] * double(kQ4GemmHeadroom)).epsilon(1e-6));
 }
 
 }  // namespace
 
-TEST_CASE("q4_gemm: handover of the residual stream to its norm") {
+TEST_CASE("q4_gemm: chains of few tokens") {
   if (no_device() || !device_facts().hopper) return;
-  const auto store = Q4GemmOutput::kStore, swiglu = Q4GemmOutput::kSwiglu;
-  check({16, 256, 128, 96, 128, swiglu, 1.f / 16});
-  check({1, 100, 64, 33, 1 << 20, store, 1.f});
-  check({9, 576, 576, 2 * 172, 64, swiglu, 1.f / 16});
-  check({7, 1536, 576, 960, 128, store, 1e-3f});
-  check({3, 172, 64, 80, 32, store, 500.f});
-  check({12, 512, 4096, 700, 128, store, 1.f / 16});
+  check({16, 256, 3, 320, 128, Grid::kInt, 1.f / 16});
+  check({1, 64, 1, 64, 1 << 20, Grid::kInt, 1.f});
+  check({9, 576, 9, 1536, 64, Grid::kInt, 1.f / 16});
+  check({7, 576, 4, 192, 32, Grid::kHalf, 1e-3f});
+  check({3, 128, 2, 704, 32, Grid::kInt, 500.f});
+  check({5, 512, 34, 192, 128, Grid::kInt, 1.f / 16});  // clusters that have rows of the last product only
+  if (quick() > 1) return;
+  check({12, 2048, 5, 5632, 128, Grid::kHalf, 1.f / 16});
+  check({16, 4096, 32, 2752, 128, Grid::kInt, 1.f / 16});
 }
 
 TEST_CASE("q4_gemm: a stream that is not finite stays so") {
   if (no_device() || !device_facts().hopper) return;
-  Weights w(layout(64, 64, 64, RowMap::kPlain));
-  std::vector<float> residual(2 * 64, 1.f), gain(64, 1.f), guess(size_t(kQ4GemmFewTokens), 1.f);
+  Weights w(layout(64, 64, 64, RowMap::kPlain), Grid::kInt);
+  std::vector<float> residual(2 * 64, 1.f), gain(64, 1.f);
   residual[70] = INFINITY;
   DeviceGuarded<float> d_residual{std::span<const float>(residual)}, d_gain{std::span<const float>(gain)},
-      d_guess{std::span<const float>(guess)}, next(kQ4GemmFewTokens), y(2 * 64), z(2 * 64),
-      squares(4 * kQ4GemmFewTokens);
-  DeviceGuarded<uint16_t> x{std::span<const uint16_t>(std::vector<uint16_t>(2 * 64, float_to_half(0.1f)))},
-      stream(2 * 64);
-  const Q4GemmHandover handover{d_gain.data(),  1e-5f,          stream.data(),
-                                squares.data(), d_guess.data(), next.data()};
-  Q4GemmArgs a{};
-  a.x = x.data(), a.w = w.layout, a.codes = w.codes.data(), a.scales = w.tile_scales.data();
-  a.tokens = 2, a.output = Q4GemmOutput::kStore, a.y = y.data(), a.y_pitch = 64,
-  a.residual = d_residual.data();
-  a.makes = &handover;
-  const Q4GemmConfig few = q4_gemm_config_few({2, w.layout, device_facts().multiprocessors, true});
-  q4_gemm_cuda(a, few, nullptr);
-  a.makes = nullptr, a.reads = &handover, a.x = stream.data(), a.y = z.data(), a.residual = nullptr;
-  q4_gemm_cuda(a, few, nullptr);
+      y(2 * 64), z(2 * 64);
+  DeviceGuarded<uint16_t> x{std::span<const uint16_t>(std::vector<uint16_t>(2 * 64, float_to_half(0.1f)))};
+  DeviceGuarded<std::byte> exchange{int64_t(kQ4GemmExchange)};
+  cuda_check(cudaMemset(exchange.data(), 0, kQ4GemmExchange), "the exchange");
+  const std::vector<float> guess(2, 1.f);
+  cuda_check(cudaMemcpy(q4_gemm_guess(exchange.data()), guess.data(), 8, cudaMemcpyHostToDevice), "guesses");
+  Q4GemmArgs all[2] = {};
+  for (Q4GemmArgs& a : all)
+    a.w = w.layout, a.codes = w.codes.data(), a.scales = w.tile_scales.data(), a.tokens = 2,
+    a.output = Q4GemmOutput::kStore, a.y_pitch = 64, a.eps = 1e-5f;
+  all[0].x = x.data(), all[0].residual = d_residual.data(), all[0].y = y.data();
+  all[1].gain = d_gain.data(), all[1].y = z.data();
+  q4_gemm_chain_cuda(all, 2, exchange.data(), nullptr);
   cuda_check(cudaDeviceSynchronize(), "two products");
   const std::vector<float> got = z.get();
   for (size_t i = 0; i < 64; ++i) {
     CHECK(std::isfinite(got[i]));
     CHECK(std::isnan(got[64 + i]));
   }
-
-  Q4GemmArgs wrong = a;
-  wrong.reads = nullptr, wrong.makes = &handover;
-  CHECK_THROWS_AS(q4_gemm_cuda(wrong, q4_gemm_config_portable({2, w.layout, 132, true}), nullptr),
-                  std::logic_error);
 }
 
-TEST_CASE("q4_gemm: few tokens, one block of a product on a multiprocessor") {
+TEST_CASE("q4_gemm: what is not a number stays so, and with its token") {
   if (no_device() || !device_facts().hopper) return;
-  for (const Q4GemmOutput output : {Q4GemmOutput::kStore, Q4GemmOutput::kSwiglu, Q4GemmOutput::kRopeKv})
-    CHECK(q4_gemm_few_resident(output) == 1);
+  constexpr int64_t kTokens = 20, kBad = 3;
+  for (const Q4GemmOutput output : {Q4GemmOutput::kStore, Q4GemmOutput::kSwiglu})
+    for (const bool half : {false, true}) {
+      CAPTURE(int(output));
+      CAPTURE(half);
+      const bool swiglu = output == Q4GemmOutput::kSwiglu;
+      Weights w(layout(256, 512, 128, swiglu ? RowMap::kPairHalves : RowMap::kPlain), Grid::kInt);
+      std::vector<uint16_t> x(kTokens * 512, float_to_half(0.1f));
+      x[kBad * 512 + 100] = 0x7e00;
+      DeviceGuarded<uint16_t> d_x{std::span<const uint16_t>(x)};
+      const auto run = [&](const Q4GemmConfig& config, int64_t tokens) {
+        CAPTURE(config.print());
+        const int64_t columns = swiglu ? 128 : 256;
+        DeviceGuarded<float> y(tokens * columns);
+        DeviceGuarded<std::byte> workspace{int64_t(config.workspace_bytes)};
+        cuda_check(cudaMemset(workspace.data(), 0, config.workspace_bytes), "workspace");
+        Q4GemmArgs a{};
+        a.x = d_x.data(), a.w = w.layout, a.codes = w.codes.data(), a.scales = w.tile_scales.data();
+        a.tokens = tokens, a.output = output, a.y = y.data(), a.y_half = half, a.y_pitch = columns;
+        a.workspace = workspace.data();
+        q4_gemm_cuda(a, config, nullptr);
+        cuda_check(cudaDeviceSynchronize(), "a product");
+        const std::vector<float> got = y.get();
+        int64_t wrong = 0;
+        for (int64_t i = 0; i < tokens * columns; ++i) {
+          const float v =
+              half ? half_to_float(reinterpret_cast<const uint16_t*>(got.data())[i]) : got[size_t(i)];
+          wrong += std::isnan(v) != (i / columns == kBad) || std::isinf(v);
+        }
+        CHECK(wrong == 0);
+      };
+      const auto shape = [&](int64_t tokens) {
+        return Q4GemmShape{tokens, w.layout, device_facts().multiprocessors, true};
+      };
+      run(q4_gemm_config_few(shape(7)), 7);
+      run(q4_gemm_config_portable(shape(kTokens)), kTokens);
+      for (const Q4GemmTile& t : kQ4GemmSplitTiles) run(q4_gemm_config_split(shape(kTokens), t, 2), kTokens);
+      for (const Q4GemmTile& t : kQ4GemmStreamTiles)
+        run(q4_gemm_config_stream(shape(kTokens), t, true), kTokens);
+    }
+}
+
+TEST_CASE("q4_gemm: what cannot be a chain") {
+  if (no_device() || !device_facts().hopper) return;
+  Weights w(layout(64, 64, 64, RowMap::kPlain), Grid::kInt);
+  const float gain = 1;
+  Q4GemmArgs all[2] = {};
+  for (Q4GemmArgs& a : all) a.w = w.layout, a.tokens = 2, a.output = Q4GemmOutput::kStore, a.gain = &gain;
+  CHECK(q4_gemm_follows(all[1], all[0]));
+  Q4GemmArgs other = all[1];
+  other.tokens = 3;
+  CHECK(!q4_gemm_follows(other, all[0]));
+  other = all[1], other.gain = nullptr;
+  CHECK(!q4_gemm_follows(other, all[0]));
+  other = all[1], other.w.k = 128;
+  CHECK(!q4_gemm_follows(other, all[0]));
+  other = all[0], other.y_half = true;
+  CHECK(!q4_gemm_follows(all[1], other));
+  // The first has no x.
+  CHECK_THROWS_AS(q4_gemm_chain_cuda(all, 2, nullptr, nullptr), std::logic_error);
+  CHECK_THROWS_AS(q4_gemm_cuda(all[0], q4_gemm_config_few({2, w.layout, 132, true}), nullptr),
+                  std::logic_error);
 }
