@@ -190,7 +190,7 @@ void q4_gemm_chain_cuda(const Q4GemmArgs* all, size_t count, std::byte* exchange
     clusters = std::max(
         clusters,
         q4_gemm_config_few({all[i].tokens, all[i].w, device_facts().multiprocessors, true}).clusters);
-  run(all, count, std::min(clusters, at_once), exchange, stream);
+  run(all, count, std::clamp(at_once, 1, clusters), exchange, stream);
 }
 
 }  // namespace q4s
