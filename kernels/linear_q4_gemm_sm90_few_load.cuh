@@ -193,74 +193,91 @@ __device__ inline void q4_few_add_rows(float (&v)[2]) {
     for (int e = 0; e < 2; ++e) v[e] += __shfl_xor_sync(0xffffffffu, v[e], offset);
 }
 
-// By one warp: what this block's epilogues need of their 8 tokens, from token0 on; and the set of the
-// exchange that the chain before this used is cleared.
+// The set of the exchange that the chain before this used.
+struct Q4FewOther {
+  std::byte* set = nullptr;
+  uint32_t bytes = 0;  // that it left there
+  // By one warp of each block.
+  __device__ void clear(int lane) const {
+    const uint32_t share = (bytes / 512 / gridDim.x + 1) * 512, begin = blockIdx.x * share;
+    for (uint32_t at = begin + lane * 16; at < min(begin + share, bytes); at += 512)
+      *reinterpret_cast<uint4*>(set + at) = make_uint4(0, 0, 0, 0);
+  }
+};
+
+// Finds which set is this chain's, by one warp of each block.
+__device__ inline Q4FewOther q4_few_begin(const Q4FewParams& p, Q4FewState& state, int lane) {
+  Q4FewOther other;
+  if (p.count <= 1) return other;
+  Q4FewHead* const head = reinterpret_cast<Q4FewHead*>(p.exchange);
+  const uint32_t chains = __ldcg(&head->chains), which = chains & 1;
+  other.bytes = __ldcg(&head->left[which ^ 1]);
+  other.set = p.exchange + kQ4FewHeadBytes + (which ^ 1) * kQ4GemmExchangeSet;
+  if (lane == 0) {
+    state.set = uint32_t(kQ4FewHeadBytes + which * kQ4GemmExchangeSet);
+    // All blocks have read the head when the last comes here.
+    uint32_t arrived;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(arrived)
+                 : "l"(&head->arrived)
+                 : "memory");
+    if (arrived + 1 == gridDim.x) {
+      head->chains = chains + 1, head->arrived = 0;
+      head->left[which] = p.set_bytes, head->left[which ^ 1] = 0;
+    }
+  }
+  return other;
+}
+
+// The factor of the norm of token token0 + lane % 8, from sums of squares as soon as blocks have made them.
+// By one warp. A stream that is not finite stays so, though its fp16 values are clamped.
+__device__ inline float q4_few_factor(const Q4FewProduct& a, const std::byte* squares, int lane, int token0) {
+  const std::byte* const from = squares + (token0 + lane % 4 * 2) * 4;
+  float sum[2] = {};
+  constexpr int kTogether = 8;
+#pragma unroll 1
+  for (int tile = lane / 4; tile - lane / 4 < a.steps; tile += 8 * kTogether) {
+    uint2 v[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+      v[j] = tile + 8 * j < a.steps ? load_made(from + (tile + 8 * j) * kQ4FewSquareBytes)
+                                    : make_uint2(kQ4FewZero, kQ4FewZero);
+    for (;;) {
+      bool all = true;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) all = all && made(v[j]);
+      if (__all_sync(0xffffffffu, all)) break;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+        if (!made(v[j])) v[j] = load_made(from + (tile + 8 * j) * kQ4FewSquareBytes);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) sum[0] += __uint_as_float(v[j].x), sum[1] += __uint_as_float(v[j].y);
+  }
+  q4_few_add_rows(sum);
+  const float even = __shfl_sync(0xffffffffu, sum[0], lane % 8 / 2),
+              odd = __shfl_sync(0xffffffffu, sum[1], lane % 8 / 2);
+  const float mean = (lane % 2 ? odd : even) * a.inverse_k;
+  return mean < INFINITY ? 1.f / sqrtf(mean + a.eps) : NAN;
+}
+
+// By one warp: what this block's epilogues need of their 8 tokens, from token0 on.
 __device__ inline void q4_few_prepare(const Q4FewShared& sh, const Q4FewParams& p, int lane, int token0) {
   Q4FewState& state = *sh.state;
   const bool mine = lane < 8 && token0 + lane < p.tokens;
-  uint32_t clear = 0;
-  std::byte* other = nullptr;
-  if (p.count > 1) {
-    Q4FewHead* const head = reinterpret_cast<Q4FewHead*>(p.exchange);
-    const uint32_t chains = __ldcg(&head->chains), which = chains & 1;
-    clear = __ldcg(&head->left[which ^ 1]);
-    other = p.exchange + kQ4FewHeadBytes + (which ^ 1) * kQ4GemmExchangeSet;
-    if (lane == 0) {
-      state.set = uint32_t(kQ4FewHeadBytes + which * kQ4GemmExchangeSet);
-      // All blocks have read the head when the last comes here.
-      uint32_t arrived;
-      asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
-                   : "=r"(arrived)
-                   : "l"(&head->arrived)
-                   : "memory");
-      if (arrived + 1 == gridDim.x) {
-        head->chains = chains + 1, head->arrived = 0;
-        head->left[which] = p.set_bytes, head->left[which ^ 1] = 0;
-      }
-    }
-  }
+  const Q4FewOther other = q4_few_begin(p, state, lane);
   if (mine && p.position)
     state.position[lane] = p.position[token0 + lane], state.sequence[lane] = p.sequence[token0 + lane];
   float guess = mine && p.guess ? __ldcg(p.guess + token0 + lane) : 0;
   __syncwarp();
   hopper::barrier_arrive(sh.begun());  // every lane for what it wrote
-  const uint32_t share = (clear / 512 / gridDim.x + 1) * 512, begin = blockIdx.x * share;
-  for (uint32_t at = begin + lane * 16; at < min(begin + share, clear); at += 512)
-    *reinterpret_cast<uint4*>(other + at) = make_uint4(0, 0, 0, 0);
+  other.clear(lane);
   bool found = false;
 #pragma unroll 1
   for (int i = 0; i < p.count; ++i) {
     const Q4FewProduct& a = p.product[i];
     if (a.normalises) {
-      const std::byte* const from = p.exchange + state.set + a.squares_at + (token0 + lane % 4 * 2) * 4;
-      float sum[2] = {};
-      constexpr int kTogether = 8;
-#pragma unroll 1
-      for (int tile = lane / 4; tile - lane / 4 < a.steps; tile += 8 * kTogether) {
-        uint2 v[kTogether];
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j)
-          v[j] = tile + 8 * j < a.steps ? load_made(from + (tile + 8 * j) * kQ4FewSquareBytes)
-                                        : make_uint2(kQ4FewZero, kQ4FewZero);
-        for (;;) {
-          bool all = true;
-#pragma unroll
-          for (int j = 0; j < kTogether; ++j) all = all && made(v[j]);
-          if (__all_sync(0xffffffffu, all)) break;
-#pragma unroll
-          for (int j = 0; j < kTogether; ++j)
-            if (!made(v[j])) v[j] = load_made(from + (tile + 8 * j) * kQ4FewSquareBytes);
-        }
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j)
-          sum[0] += __uint_as_float(v[j].x), sum[1] += __uint_as_float(v[j].y);
-      }
-      q4_few_add_rows(sum);
-      // Of token lane % 8. A stream that is not finite stays so, though its fp16 values are clamped.
-      const float mine_sum = __shfl_sync(0xffffffffu, sum[0], lane % 8 / 2),
-                  other_sum = __shfl_sync(0xffffffffu, sum[1], lane % 8 / 2);
-      const float mean = (lane % 2 ? other_sum : mine_sum) * a.inverse_k,
-                  factor = mean < INFINITY ? 1.f / sqrtf(mean + a.eps) : NAN;
+      const float factor = q4_few_factor(a, p.exchange + state.set + a.squares_at, lane, token0);
       if (lane < 8) state.factor[i][lane] = factor / guess;
       guess = factor * kQ4GemmHeadroom, found = true;
     }
