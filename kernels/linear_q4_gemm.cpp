@@ -23,8 +23,8 @@ int clusters_at_once(int multiprocessors, int blocks) {
 
 // Microseconds of one H100, its constants fitted to a sweep over all tiles and cuts of the 7B shapes, 16 to
 // 8192 tokens (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 6 % of the
-// best. kSplit has become quicker since at both ends of a product; kFew is another kernel now, alone in its
-// launch.
+// best. kSplit has become quicker since at both ends of a product; kFew is another kernel now, fitted to what
+// the four 7B products take alone at 16 tokens.
 struct Bytes {  // of one unit of K and one tile
   double weights, activations;
   explicit Bytes(const Q4GemmTile& t)
@@ -157,10 +157,7 @@ Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape& s) {
 }
 
 Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
-  const int64_t g = s.w.group;
-  const bool simple_groups =
-      g == 32 || g == 64 || g % kQ4GemmUnit == 0 || g >= s.w.k;  // a unit has whole groups, or is in one
-  if (!s.hopper || !simple_groups) return q4_gemm_config_portable(s);
+  if (!s.hopper || !q4_gemm_simple_groups(s.w)) return q4_gemm_config_portable(s);
   Q4GemmConfig best;
   double best_us = 0;
   const auto consider = [&](const Q4GemmConfig& c, double us) {

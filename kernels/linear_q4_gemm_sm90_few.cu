@@ -1,5 +1,5 @@
 // The Hopper kernel of linear_q4_gemm.h for up to 16 tokens, where reading the weights takes the time: all
-// products of a chain in one launch, one block a multiprocessor. One thread of a block asks for its weights
+// products of a chain in one launch, one block a multiprocessor. One warp of a block asks for its weights
 // of all products through one ring; some warps bring activations, of the first product from where they are,
 // of the others as soon as blocks have made them (linear_q4_gemm_sm90_few.cuh). Each cluster of two owns a
 // run of 16-row tiles of a product, each of its blocks half of K. Twelve warps multiply by mma.sync: each
@@ -115,10 +115,6 @@ __global__ void __launch_bounds__(kThreads, 1) q4_gemm_few_kernel(const __grid_c
 #endif
 }
 
-bool simple_groups(const Q4Layout& w) {
-  return w.group == 32 || w.group == 64 || w.group % kQ4GemmUnit == 0 || w.group >= w.k;
-}
-
 void run(const Q4GemmArgs* all, size_t count, int clusters, std::byte* exchange, cudaStream_t stream) {
   if (count == 0 || count > kQ4GemmChain) throw std::logic_error("q4_gemm: a chain of so many products");
   Q4FewParams p = {};
@@ -171,7 +167,7 @@ void run(const Q4GemmArgs* all, size_t count, int clusters, std::byte* exchange,
 bool q4_gemm_follows(const Q4GemmArgs& a, const Q4GemmArgs& before) {
   const bool store = before.output == Q4GemmOutput::kStore, swiglu = before.output == Q4GemmOutput::kSwiglu;
   constexpr int64_t kMost = kQ4GemmExchangeSet / (kQ4GemmChain - 1) - 1024;
-  return a.w.k % kQ4TileCols == 0 && a.tokens == before.tokens && simple_groups(a.w) &&
+  return a.w.k % kQ4TileCols == 0 && a.tokens == before.tokens && q4_gemm_simple_groups(a.w) &&
          a.w.k / kQ4TileRows * (kQ4FewStepBytes + (a.gain ? kQ4FewSquareBytes : 0)) <= kMost &&
          ((store && !before.y_half && a.gain && a.w.k == before.w.n) ||
           (swiglu && !a.gain && a.w.k == before.w.n / 2));

@@ -19,7 +19,7 @@ constexpr int kQ4FewXBytes = kQ4FewStepBytes * kQ4FewUnitSteps;
 constexpr int kQ4FewRowBytes = kQ4TileBytes * kQ4UnitTiles;  // of one tile of rows, a unit
 
 // A stage of the ring is some units of K for a band of tiles, and each warp has two tiles of one of them.
-Q4S_HOST_DEVICE constexpr int q4_few_ways(int tiles) {
+constexpr int q4_few_ways(int tiles) {
   int ways = 12;
   for (const int fewer : {6, 4, 3, 2, 1})
     if (ways * ((tiles + 1) / 2) > kQ4FewMultiply) ways = fewer;
