@@ -4,7 +4,8 @@
 // its columns. Four kernels: three for sm_90a (warpgroup mma, TMA, clusters), from many tokens to few, and
 // a plain mma.sync one for sm_80 and up, which also takes the group sizes the others do not. Values: w' =
 // fp16(scale * (q - 8)) (or q - 7.5), so |y - exact| <= sum |w x| (2^-11 + 2^-11 + small) when x was rounded
-// from f32. Sums run in an order fixed by shape and config: the same bits at every run.
+// from f32; w itself where the sums of a group are scaled (up to 64 tokens, groups of 128 or more). Sums run
+// in an order fixed by shape and config: the same bits at every run.
 #pragma once
 #include <cstddef>
 #include <string>

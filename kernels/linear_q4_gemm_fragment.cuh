@@ -39,4 +39,23 @@ struct Q4Fragment {
   }
 };
 
+// The same without scales: q - zero in units of 1 / kUnit. A code as it lies in a word is an fp16 value below
+// the normal range, in units of 2^-24 in the low nibble of a byte, of 2^-20 in the high one.
+struct Q4Codes {
+  static constexpr float kUnit = 0x1p10f;
+  __half2 unit[2], offset;
+
+  __device__ explicit Q4Codes(bool half_grid)
+      : unit{__float2half2_rn(0x1p24f / kUnit), __float2half2_rn(0x1p20f / kUnit)},
+        offset(__float2half2_rn((half_grid ? -7.5f : -8.f) / kUnit)) {}
+  __device__ void unpack(uint32_t word, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = (i < 2 ? word : word >> 8) & (i % 2 ? 0x00f000f0u : 0x000f000fu);
+      const __half2 w = __hfma2(reinterpret_cast<const __half2&>(bits), unit[i % 2], offset);
+      a[i] = reinterpret_cast<const uint32_t&>(w);
+    }
+  }
+};
+
 }  // namespace q4s

@@ -1,9 +1,12 @@
 // The main loop of the Hopper kernels of linear_q4_gemm.h. A producer warp fills a ring of stages by TMA (64
 // columns of activations, packed weights, scales); two or three warpgroups turn weights into register A
 // fragments and issue wgmma against the activations. A warpgroup converts block i+1 while the tensor core
-// works on block i.
+// works on block i. Either weights are scaled, or, in narrow tiles whose units of K are of one group each,
+// the sums of a unit, which is exact but for fp32 sums.
 #pragma once
 #include <cuda.h>
+
+#include <type_traits>
 
 #include "kernels/hopper.cuh"
 #include "kernels/linear_q4_gemm.h"
@@ -34,7 +37,7 @@ struct Q4Maps {
 // much. kReserved bytes of shared memory are for the epilogue. A block may have fewer rows than kRows:
 // Q4Operands::row_tiles.
 template <int kRows_, int kColumns_, int kCluster_, int kStageTiles_, int kReserved_,
-          int kConsumers_ = kQ4Consumers, bool kMoveRegisters_ = true>
+          int kConsumers_ = kQ4Consumers, bool kMoveRegisters_ = true, bool kScaleSums_ = false>
 struct Q4Tile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kCluster = kCluster_;
   static constexpr int kStageTiles = kStageTiles_, kUnitStages = kQ4UnitTiles / kStageTiles;
@@ -49,10 +52,14 @@ struct Q4Tile {
   // And the producer, one thread: of a warpgroup where registers are to be moved to the consumers, else of a
   // warp.
   static constexpr bool kMoveRegisters = kMoveRegisters_;
+  static constexpr bool kScaleSums = kScaleSums_;  // of units of one group; else weights
   static constexpr int kThreads = kConsumers * 128 + (kMoveRegisters ? 128 : 32);
   static constexpr int kBarrierBytes = 256;
   static constexpr int kLimit = int(kQ4SharedBytes) - kReserved - kBarrierBytes;
   static constexpr int kStages = kLimit / kStageBytes < 12 ? kLimit / kStageBytes : 12;
+  // Stages whose weights are asked for before an earlier kernel's end, where blocks start together. More of
+  // them are in each other's way: the first of a block then lands behind the last of the others.
+  static constexpr int kEarlyStages = kColumns < 64 ? 2 : 1;
   static constexpr int kBarriers = kStages * kStageBytes;  // offsets
   static constexpr int kRest = kBarriers + kBarrierBytes;
   static constexpr int kBytes = kRest + kReserved;
@@ -170,13 +177,76 @@ struct Q4Consumer {
   }
   // Sums over `units` units of K, still in flight at return.
   __device__ void multiply(int units, float (&acc)[T::kBlocks][T::kRegs]) {
-    if constexpr (T::kStageTiles == kQ4UnitTiles) {
+    if constexpr (T::kScaleSums) {
+      multiply_units(units, acc[0]);
+    } else if constexpr (T::kStageTiles == kQ4UnitTiles) {
       if (p.fine > 0)
         multiply_stages<true>(units, acc);
       else
         multiply_stages<false>(units, acc);
     } else {
       multiply_tiles(units, acc);
+    }
+  }
+  // Where sums are scaled: of a unit there are two sets of them, so that one is scaled while the tensor core
+  // makes the other.
+  __device__ void multiply_units(int units, float (&acc)[T::kRegs]) {
+    float part[2][T::kRegs], scale[2][2];
+    uint32_t a[kQ4UnitTiles][4][4];
+    const uint32_t x0 = hopper::wgmma_address(sh.x);
+    const int row_tile = group * 4 + warp;
+    const uint32_t words_at = held(sh.w + row_tile * T::kWRowBytes + lane * 16),
+                   scales_at = held(sh.s + row_tile * 32 + lane / 4 * 2);
+    const Q4Codes codes(p.half_grid);
+    const auto add = [&](int set) {
+      hopper::wgmma_pin(part[set]);
+#pragma unroll
+      for (int i = 0; i < T::kRegs; ++i) acc[i] += scale[set][i % 4 / 2] * part[set][i];
+    };
+    const auto multiply = [&](auto which, bool first) {
+      constexpr int kSet = decltype(which)::value;
+      hopper::barrier_wait(sh.full + at.stage * 8, at.parity);
+      const uint32_t words_from = words_at + at.stage * T::kWBytes,
+                     scales_from = scales_at + at.stage * T::kSBytes;
+      const uint4 words[kQ4UnitTiles] = {load_shared_16(words_from),
+                                         load_shared_16(words_from + kQ4TileBytes)};
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        scale[kSet][i] = __half2float(__ushort_as_half(load_shared_2(scales_from + i * 16))) * Q4Codes::kUnit;
+#pragma unroll
+      for (int tile = 0; tile < kQ4UnitTiles; ++tile) {
+        const uint32_t word[4] = {words[tile].x, words[tile].y, words[tile].z, words[tile].w};
+        const uint32_t x = x0 + (at.stage * T::kXBytes + tile * T::kXTileBytes) / 16;
+#pragma unroll
+        for (int step = 0; step < 4; ++step) codes.unpack(word[step], a[tile][step]);
+        hopper::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+          hopper::WgmmaRs<T::kColumns, 0>::mma(part[kSet], a[tile][step],
+                                               hopper::wgmma_k_major_at(x + 2 * step), tile > 0 || step > 0);
+        hopper::wgmma_commit();
+        hopper::wgmma_wait<1>();  // the tile before is done: its fragments are free, and its unit's sums
+        if (tile == 0 && !first) release(), add(kSet ^ 1);
+      }
+      last = at.stage;
+      at.next();
+    };
+    constexpr std::integral_constant<int, 0> kEven;
+    constexpr std::integral_constant<int, 1> kOdd;
+#pragma unroll
+    for (int i = 0; i < T::kRegs; ++i) acc[i] = 0;
+    int i = 0;
+#pragma unroll 1
+    for (; i + 1 < units; i += 2) multiply(kEven, i == 0), multiply(kOdd, false);
+    // What is in flight is waited for where it is known which set it is: else ptxas lets each product wait
+    // for the one before.
+    if (i < units) {
+      multiply(kEven, i == 0);
+      hopper::wgmma_wait<0>();
+      add(0);
+    } else {
+      hopper::wgmma_wait<0>();
+      add(1);
     }
   }
   // Where a unit is a stage, its words are read together; where it is in one group, the loop knows that.

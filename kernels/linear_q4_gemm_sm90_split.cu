@@ -8,14 +8,13 @@ namespace q4s {
 namespace {
 
 constexpr int kSumBarrierBytes = 128;
-// Stages whose weights are asked for before an earlier kernel's end. More of them are in each other's way:
-// the first of a block then lands behind the last of the others.
-constexpr int kEarlyStages = 2;
 
-// Up to kRows rows, 64 a warpgroup.
-template <int kRows, int kColumns>
+// Up to kRows rows, 64 a warpgroup. Where sums are scaled, three of these take registers of a fourth, which
+// has the producer.
+template <int kRows, int kColumns, bool kScaleSums = false>
 using Tile = Q4Tile<kRows, kColumns, 1, kQ4UnitTiles, kSumBarrierBytes + int(sizeof(int2)) * kColumns,
-                    kRows / 64, false>;
+                    kRows / 64, kScaleSums && kRows == 192, kScaleSums>;
+constexpr int kConsumerRegisters = 152, kOtherRegisters = 56;
 
 struct Params {
   Q4Operands operands;
@@ -282,9 +281,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   cluster_arrive_relaxed();
   share.find(p);
   if (warp < T::kConsumers * 4) {
+    if constexpr (T::kMoveRegisters) take_registers<kConsumerRegisters>();
     cluster_wait();  // the other blocks' barriers exist
-    consume<T>(p, sh, share, warp);
-  } else if (threadIdx.x > T::kConsumers * 128) {
+    return consume<T>(p, sh, share, warp);
+  }
+  if constexpr (T::kMoveRegisters) give_registers<kOtherRegisters>();
+  if (threadIdx.x > T::kConsumers * 128) {
     cluster_wait();
   } else {
     q4_produce<T>({sh, p.operands, maps.x, maps.w, maps.s, 0},
@@ -292,7 +294,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
                             share.begin * T::kUnitStages, share.units * T::kUnitStages,
                             int(__umulhi(uint32_t(share.row_block) * 0x9e3779b9u, uint32_t(share.units))) *
                                 T::kUnitStages},
-                  kEarlyStages, [] {
+                  T::kEarlyStages, [] {
                     cluster_wait();
                     pdl_wait();
                   });
@@ -314,14 +316,20 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
          T::kThreads, T::kBytes, c.splits, a.pdl, stream, maps, p);
 }
 
+template <int kRows, int kColumns>
+void start_narrow(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
+  const bool one_group = a.w.group % kQ4GemmUnit == 0 || a.w.group >= a.w.k;  // a unit
+  one_group ? start<Tile<kRows, kColumns, true>>(a, c, stream) : start<Tile<kRows, kColumns>>(a, c, stream);
+}
+
 }  // namespace
 
 void q4_gemm_split_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
   const auto within = [&](int rows, int columns) { return c.rows <= rows && c.columns == columns; };
-  if (within(128, 32)) return start<Tile<128, 32>>(a, c, stream);
-  if (within(192, 32)) return start<Tile<192, 32>>(a, c, stream);
-  if (within(128, 64)) return start<Tile<128, 64>>(a, c, stream);
-  if (within(192, 64)) return start<Tile<192, 64>>(a, c, stream);
+  if (within(128, 32)) return start_narrow<128, 32>(a, c, stream);
+  if (within(192, 32)) return start_narrow<192, 32>(a, c, stream);
+  if (within(128, 64)) return start_narrow<128, 64>(a, c, stream);
+  if (within(192, 64)) return start_narrow<192, 64>(a, c, stream);
   if (within(128, 128)) return start<Tile<128, 128>>(a, c, stream);
   if (within(192, 128)) return start<Tile<192, 128>>(a, c, stream);
   throw std::runtime_error("q4_gemm: no split kernel for this tile");
