@@ -21,10 +21,9 @@ int clusters_at_once(int multiprocessors, int blocks) {
   return std::max(1, blocks <= 2 ? multiprocessors / blocks : multiprocessors * 7 / 8 / blocks);
 }
 
-// Microseconds of one H100, its constants fitted to a sweep over all tiles and cuts of the 7B shapes, 16 to
-// 8192 tokens (prefill_bench_cuda --sweep): where the sweep had what it chooses, that was within 6 % of the
-// best. kSplit has become quicker since at both ends of a product; kFew is another kernel now, fitted to what
-// the four 7B products take alone at 16 tokens.
+// Microseconds of one H100. kStream and kSplit: constants fitted to a sweep over all tiles and cuts of the 7B
+// shapes, 32 to 2048 tokens (prefill_bench_cuda --sweep); what it then chooses was within 1.1 % of the best
+// in all 40 products. kFew: to what the four products take alone at 16 tokens.
 struct Bytes {  // of one unit of K and one tile
   double weights, activations;
   explicit Bytes(const Q4GemmTile& t)
@@ -36,31 +35,31 @@ double stream_us(const Q4GemmConfig& c, int multiprocessors) {
   const Bytes bytes(t);
   const double tile = t.rows * t.columns / 32768.0;  // of the largest
   const double busy = std::min(1.0, double(c.clusters) * c.cluster / multiprocessors);
-  const double unit = std::max(tile * 1.33 + 0.043, (bytes.weights + bytes.activations) * busy / 49100);
-  const double store = 10.2 * tile;
-  double us = 4.0 + double(ceil_div(c.whole, c.clusters)) * (unit * c.k_blocks + store);
+  const double unit = std::max(tile * 1.34 + 0.2, (bytes.weights + bytes.activations) * busy / 42000);
+  const double store = 3.0 * tile;
+  double us = 2.3 + double(ceil_div(c.whole, c.clusters)) * (unit * c.k_blocks + store);
   if (c.streamed)
-    us += double(c.streamed) * c.k_blocks / c.clusters * unit + store + 2.3 +
-          0.8 * tile * std::max(1.0, double(c.clusters) / c.streamed);
+    us += double(c.streamed) * c.k_blocks / c.clusters * unit + store + 6.0 +
+          1.95 * tile * std::max(1.0, double(c.clusters) / c.streamed);
   return us;
 }
 
 double split_us(const Q4GemmConfig& c, int multiprocessors) {
   const Bytes bytes({c.rows, c.columns, 1});
   // Conversion and tensor core add up: what a warpgroup takes for a unit, also one without rows.
-  const double compute = 0.03 + (c.rows <= 128 ? 2 : 3) * (0.07 + 0.0021 * c.columns);
+  const double compute = 0.104 + (c.rows <= 128 ? 2 : 3) * (0.042 + 0.0026 * c.columns);
   const int64_t clusters = int64_t(c.row_blocks) * c.column_blocks,
                 at_once = clusters_at_once(multiprocessors, c.splits);
   const auto wave = [&](int64_t count) {
     const double busy = double(count) * c.splits / multiprocessors;
     const double unit =
         std::max({compute, bytes.weights * busy / std::min<int64_t>(count, c.column_blocks) / 25200,
-                  (bytes.weights + bytes.activations) * busy / 50900});
+                  (bytes.weights + bytes.activations) * busy / 45200});
     return double(ceil_div(c.k_blocks, c.splits)) * unit;
   };
   const int64_t waves = clusters / at_once, rest = clusters % at_once;
-  return 5.2 + 0.5 * (c.splits - 1) + 0.5 * (c.rows / 128.0) * (c.columns / 64.0) +
-         double(waves + (rest > 0) - 1) * 4.0 + double(waves) * wave(at_once) + (rest ? wave(rest) : 0);
+  return 1.8 + 0.25 * (c.splits - 1) + 0.4 * (c.rows / 128.0) * (c.columns / 64.0) +
+         double(waves + (rest > 0) - 1) * 2.8 + double(waves) * wave(at_once) + (rest ? wave(rest) : 0);
 }
 
 double few_us(const Q4GemmConfig& c) {
@@ -174,7 +173,7 @@ Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
   }
   for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
     // For few tokens, and so that up to 128 of them convert a weight once.
-    if (s.tokens <= kQ4GemmFewTokens || s.tokens > 256 || (t.columns < 128 && t.columns < s.tokens)) continue;
+    if (s.tokens <= kQ4GemmFewTokens || (t.columns < 128 && t.columns < s.tokens)) continue;
     // Clusters of three blocks may be the best alone, but a layer with them took 10 to 20 us more than its
     // products: they wait for places beside each other that the product before leaves last.
     for (int splits : {1, 2, 4, 5}) {

@@ -3,7 +3,9 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <functional>
+#include <thread>
 #include <vector>
 
 #include "kernels/cuda_check.h"
@@ -39,9 +41,10 @@ class Timer {
     return run(graph, 64);
   }
   // Several works in turn, `rounds` times, each for about `burst` microseconds at a time: a card at its power
-  // limit slows down for all of them alike. Median microseconds of each.
+  // limit slows down for all of them alike. With a `rest` of so many microseconds before each it is not there
+  // yet. Median microseconds of each.
   std::vector<double> alternate(const std::vector<std::function<void(cudaStream_t)>>& works, double burst,
-                                int rounds) {
+                                int rounds, int rest = 0) {
     std::vector<Graph> graphs;
     std::vector<int> launches;
     for (const auto& work : works) {
@@ -51,7 +54,10 @@ class Timer {
     }
     std::vector<std::vector<double>> times(works.size());
     for (int round = 0; round < rounds; ++round)
-      for (size_t i = 0; i < works.size(); ++i) times[i].push_back(run(graphs[i], launches[i]));
+      for (size_t i = 0; i < works.size(); ++i) {
+        if (rest) std::this_thread::sleep_for(std::chrono::microseconds(rest));
+        times[i].push_back(run(graphs[i], launches[i]));
+      }
     std::vector<double> medians;
     for (auto& t : times) std::sort(t.begin(), t.end()), medians.push_back(t[t.size() / 2]);
     return medians;
