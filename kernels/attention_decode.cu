@@ -11,8 +11,9 @@
 //
 // Rows of earlier steps are asked for before the predecessor has ended.
 //
-// Where contexts are short and there are more rows of work than multiprocessors, a warp takes a row alone:
-// one block a multiprocessor, beside which the next product's has its place.
+// Where contexts are short and there are more rows of work than multiprocessors, a warp takes a row alone: a
+// block for each row would cost more than its row. While one block a multiprocessor holds them all, the next
+// product's has its place beside it.
 //
 // A second, plain kernel serves caches in f32 and head sizes that are no multiple of 8.
 #include <algorithm>
@@ -288,8 +289,9 @@ constexpr int64_t kAloneLongest = 256;  // up to where a warp is to take a row a
 template <int kChunks>
 void launch_mma(const Params& p, int parts, const AttentionDecodeArgs& a, bool pdl, cudaStream_t stream) {
   using R = Ring<kChunks>;
-  const int most = device_facts().multiprocessors, alone = int(ceil_div(p.rows, most));  // warps a block
-  if (parts == 1 && a.longest <= kAloneLongest && alone > 1 && alone <= R::kWarps)
+  const int most = device_facts().multiprocessors;
+  const int alone = std::min(int(ceil_div(p.rows, most)), R::kWarps);  // warps a block
+  if (parts == 1 && a.longest <= kAloneLongest && alone > 1)
     launch("attention_decode", attention_mma_kernel<kChunks, true>, dim3(unsigned(ceil_div(p.rows, alone))),
            alone * 32, size_t(alone * R::kBytes), 1, pdl, stream, p);
   else
