@@ -49,7 +49,7 @@ struct LinearDecodeArgs {
 };
 
 // Most tokens of a launch. Most for which launches beat a GEMM: on sm_90 the int4 GEMM is quicker from nine
-// on, or from five where blocks cannot work in pairs.
+// on, or from five where blocks cannot work in pairs, that of int8 from 17 on.
 constexpr int64_t kLinearDecodeTokens = 16;
 int64_t linear_decode_most_tokens(int bits);
 // The most products of a chain. The most tokens for which one chain beats a kernel for each product, and of

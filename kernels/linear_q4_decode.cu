@@ -94,7 +94,8 @@ int first_with_fewer_rows(const LinearDecodeCut& cut, size_t i) {
 }  // namespace
 
 int64_t linear_decode_most_tokens(int bits) {
-  return bits > 4 ? 32 : device_facts().hopper ? linear_decode_chain_tokens(bits) : kLinearDecodeTokens;
+  if (bits == 16) return 32;
+  return bits == 4 && device_facts().hopper ? linear_decode_chain_tokens(bits) : kLinearDecodeTokens;
 }
 
 int64_t linear_decode_chain_tokens(int bits) {

@@ -156,7 +156,7 @@ Q4GemmConfig q4_gemm_config_portable(const Q4GemmShape& s) {
 }
 
 Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
-  if (!s.hopper || !q4_gemm_simple_groups(s.w)) return q4_gemm_config_portable(s);
+  if (!s.hopper || s.w.bits != 4 || !q4_gemm_simple_groups(s.w)) return q4_gemm_config_portable(s);
   Q4GemmConfig best;
   double best_us = 0;
   const auto consider = [&](const Q4GemmConfig& c, double us) {

@@ -1,4 +1,5 @@
-// y = x W^T for many tokens, W in Q4 tiles (q4_tiles.h), x fp16, fp32 accumulation on the tensor cores.
+// y = x W^T for many tokens, W in Q4 tiles (q4_tiles.h), x fp16, fp32 accumulation on the tensor cores. W is
+// int4; the mma.sync kernel takes int8 too, for the head of a model.
 //
 // The product is computed as y^T = W x^T: the int4 weights become the register operand of the mma, tokens are
 // its columns. Four kernels: three for sm_90a (warpgroup mma, TMA, clusters), from many tokens to few, and
@@ -64,6 +65,8 @@ constexpr Q4GemmTile kQ4GemmSplitTiles[] = {{128, 32, 1}, {192, 32, 1},  {128, 6
                                             {192, 64, 1}, {128, 128, 1}, {192, 128, 1}};
 constexpr int kQ4GemmMostSplits = 5;  // blocks of a cluster
 constexpr int kQ4GemmFewTokens = 16;  // most that kFew takes
+// Most tokens for which int8 weights are quicker here than turned into fp16 for cuBLAS.
+constexpr int64_t kQ4GemmInt8Tokens = 128;
 
 // kStream with one tile; `stream` deals the tiles beyond full waves in parts.
 Q4GemmConfig q4_gemm_config_stream(const Q4GemmShape&, Q4GemmTile, bool stream);

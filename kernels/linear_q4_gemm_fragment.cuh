@@ -39,8 +39,30 @@ struct Q4Fragment {
   }
 };
 
-// The same without scales: q - zero in units of 1 / kUnit. A code as it lies in a word is an fp16 value below
-// the normal range, in units of 2^-24 in the low nibble of a byte, of 2^-20 in the high one.
+// The same of int8: the four codes of row g and of row g+8.
+struct Q8Fragment {
+  __half2 scale[2];
+
+  __device__ void set(const __half* row, bool) {
+    scale[0] = __half2half2(row[0]), scale[1] = __half2half2(row[8]);
+  }
+  __device__ void unpack(uint32_t low, uint32_t high, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // 1024 + 128 + q, less 1152.
+      const uint32_t bits =
+          __byte_perm((i % 2 ? high : low) ^ 0x80808080u, 0x64646464u, i < 2 ? 0x4140 : 0x4342);
+      const uint32_t offset = 0x64806480u;
+      const __half2 q =
+          __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(offset));
+      const __half2 w = __hmul2(q, scale[i % 2]);
+      a[i] = reinterpret_cast<const uint32_t&>(w);
+    }
+  }
+};
+
+// Codes of int4 without scales: q - zero in units of 1 / kUnit. A code as it lies in a word is an fp16 value
+// below the normal range, in units of 2^-24 in the low nibble of a byte, of 2^-20 in the high one.
 struct Q4Codes {
   static constexpr float kUnit = 0x1p10f;
   __half2 unit[2], offset;

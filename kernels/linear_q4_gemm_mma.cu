@@ -1,7 +1,9 @@
-// The portable kernel of linear_q4_gemm.h (sm_80 and up; any group that is a multiple of 32 or a whole row).
-// mma.sync m16n8k16 with the weights as A, straight from global memory into registers one k-tile ahead;
-// activations through a ring of cp.async stages. K may be split over blocks: the last to arrive at a tile
-// sums the parts in the order of K.
+// The portable kernel of linear_q4_gemm.h (sm_80 and up; any group that is a multiple of 32 or a whole row;
+// int4 and int8). mma.sync m16n8k16 with the weights as A, straight from global memory into registers one
+// k-tile ahead; activations through a ring of cp.async stages. K may be split over blocks: the last to arrive
+// at a tile sums the parts in the order of K.
+#include <type_traits>
+
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_epilogue.cuh"
 #include "kernels/linear_q4_gemm_fragment.cuh"
@@ -29,7 +31,7 @@ struct Params {
   int* arrived;    // (tiles), zero before and after
 };
 
-template <int kColumns>
+template <int kColumns, int kBits>
 __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_constant__ Params p) {
   constexpr int kStageBytes = kColumns * 128;  // (columns, 64) halves, 16-byte pieces swizzled by column % 8
   constexpr int kRegs = kColumns / 2;
@@ -53,16 +55,20 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
       }
     copy_commit();
   };
-  const auto load_codes = [&](int kt, uint4(&w)[kTilesPerWarp]) {
+  constexpr int kParts = kBits / 4;  // of 512 bytes, of a tile
+  const auto load_codes = [&](int kt, uint4(&w)[kTilesPerWarp][kParts]) {
     for (int i = 0; i < kTilesPerWarp; ++i) {
       const bool valid = kt < end && tile0 + i < p.n_tiles;
-      const uint8_t* from = p.codes + (int64_t(tile0 + i) * p.k_tiles + kt) * kQ4TileBytes + lane * 16;
-      w[i] = valid ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+      const uint8_t* from =
+          p.codes + (int64_t(tile0 + i) * p.k_tiles + kt) * (kQ4TileBytes * kParts) + lane * 16;
+      for (int part = 0; part < kParts; ++part)
+        w[i][part] = valid ? __ldg(reinterpret_cast<const uint4*>(from + part * kQ4TileBytes))
+                           : make_uint4(0, 0, 0, 0);
     }
   };
 
   float acc[kTilesPerWarp][kColumns / 8][4] = {};
-  uint4 codes[kTilesPerWarp], next[kTilesPerWarp];
+  uint4 codes[kTilesPerWarp][kParts], next[kTilesPerWarp][kParts];
   load_codes(begin, codes);
   for (int s = 0; s < kStages - 1; ++s) fetch(begin + s);
   for (int kt = begin; kt < end; ++kt) {
@@ -76,10 +82,14 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
       const int column = kt * kQ4TileCols + j * 16, group = min(column / p.group, p.groups - 1);
 #pragma unroll
       for (int i = 0; i < kTilesPerWarp; ++i) {
-        Q4Fragment f;
+        std::conditional_t<kBits == 4, Q4Fragment, Q8Fragment> f;
         const int n_tile = min(tile0 + i, p.n_tiles - 1);
         f.set(p.scales + (int64_t(n_tile) * p.groups + group) * 16 + g, p.half_grid);
-        f.unpack(j == 0 ? codes[i].x : j == 1 ? codes[i].y : j == 2 ? codes[i].z : codes[i].w, a[i]);
+        const uint4& v = codes[i][j / 2 % kParts];
+        if constexpr (kBits == 4)
+          f.unpack(j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w, a[i]);
+        else
+          f.unpack(j % 2 ? v.z : v.x, j % 2 ? v.w : v.y, a[i]);
       }
 #pragma unroll
       for (int c = 0; c < kColumns; c += 16) {
@@ -96,7 +106,9 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
       }
     }
 #pragma unroll
-    for (int i = 0; i < kTilesPerWarp; ++i) codes[i] = next[i];
+    for (int i = 0; i < kTilesPerWarp; ++i)
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) codes[i][part] = next[i][part];
   }
 
   if (p.splits > 1) {
@@ -133,10 +145,10 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
 }
 
 template <int kColumns>
-void start(const Params& p, const Q4GemmConfig& c, bool pdl, cudaStream_t stream) {
+void start(const Params& p, const Q4GemmConfig& c, const Q4GemmArgs& a, cudaStream_t stream) {
   const dim3 grid(unsigned(c.row_blocks), unsigned(c.column_blocks), unsigned(c.splits));
-  launch("q4_gemm_mma", q4_gemm_mma_kernel<kColumns>, grid, kThreads, kStages * kColumns * 128, 1, pdl,
-         stream, p);
+  launch("q4_gemm_mma", a.w.bits == 4 ? q4_gemm_mma_kernel<kColumns, 4> : q4_gemm_mma_kernel<kColumns, 8>,
+         grid, kThreads, kStages * kColumns * 128, 1, a.pdl, stream, p);
 }
 
 }  // namespace
@@ -155,9 +167,9 @@ void q4_gemm_mma_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t s
   p.arrived = reinterpret_cast<int*>(a.workspace);
   p.partial = reinterpret_cast<float*>(a.workspace + kCounterBytes);
   if (c.columns == 16)
-    start<16>(p, c, a.pdl, stream);
+    start<16>(p, c, a, stream);
   else
-    start<64>(p, c, a.pdl, stream);
+    start<64>(p, c, a, stream);
 }
 
 }  // namespace q4s

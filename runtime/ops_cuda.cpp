@@ -43,7 +43,8 @@ bool few(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
          linear_decode_supported(w.tiles.layout);
 }
 bool many(const DeviceMatrix& w, Epilogue epilogue, int64_t rows) {
-  return packed_for(w, epilogue) && w.view.format == Format::kQ4 && !few(w, epilogue, rows);
+  return packed_for(w, epilogue) && !few(w, epilogue, rows) &&
+         (w.view.format == Format::kQ4 || (w.view.format == Format::kQ8 && rows <= kQ4GemmInt8Tokens));
 }
 
 // Working memory of one node beside its inputs and result. The workspace of split products comes first, the

@@ -105,6 +105,7 @@ GemmCase random_case(std::mt19937_64& r) {
   c.group = pick({32, 64, 128, 1 << 20, 96, 256});
   if (c.group > c.k) c.group = c.k;
   c.grid = r() % 2 ? Grid::kInt : Grid::kHalf;
+  if (r() % 8 == 0) c.bits = 8;
   c.normalise = r() % 2, c.y_half = r() % 3 == 0;
   c.output = Q4GemmOutput(r() % 3);
   if (c.output == Q4GemmOutput::kStore) c.n = 1 + r() % 700, c.residual = r() % 2;
@@ -128,7 +129,7 @@ bool random_shapes(int count, int sms, bool hopper) {
     const Q4GemmShape s = shape_of(c, sms, hopper);
     Q4GemmConfig config = q4_gemm_config(s);
     // Every fourth the choice of the library, else any tile of any kernel.
-    if (config.kernel != Q4GemmKernel::kPortable) {
+    if (config.kernel != Q4GemmKernel::kPortable) {  // which is all there is for int8
       const size_t t = r();
       if (i % 8 == 1) config = q4_gemm_config_portable(s);
       if (i % 8 == 5) config = q4_gemm_config_few(s);

@@ -20,10 +20,11 @@ struct GemmCase {
   Q4GemmOutput output = Q4GemmOutput::kStore;
   bool residual = false, y_half = false, normalise = false;
   int64_t heads = 0, kv_heads = 0, head_dim = 0;  // kRopeKv: n = (H + 2 Hkv) head_dim
+  int bits = 4;
 
   Q4Layout layout() const {
     Q4Layout w;
-    w.n = n, w.k = k, w.group = group;
+    w.n = n, w.k = k, w.group = group, w.bits = bits;
     if (output == Q4GemmOutput::kSwiglu) w.map = RowMap::kPairHalves;
     if (output == Q4GemmOutput::kRopeKv)
       w.map = RowMap::kRope, w.head_dim = head_dim, w.rotated = (heads + kv_heads) * head_dim;
@@ -33,7 +34,10 @@ struct GemmCase {
     char text[160];
     static const char* const names[] = {"store", "swiglu", "rope"};
     std::snprintf(text, sizeof text, "T %lld N %lld K %lld g %lld %s %s%s%s%s hd %lld", (long long)tokens,
-                  (long long)n, (long long)k, (long long)group, grid == Grid::kInt ? "int" : "half",
+                  (long long)n, (long long)k, (long long)group,
+                  bits == 8            ? "int8"
+                  : grid == Grid::kInt ? "int"
+                                       : "half",
                   names[int(output)], residual ? " +r" : "", y_half ? " f16" : "", normalise ? " norm" : "",
                   (long long)head_dim);
     return text;
@@ -51,10 +55,10 @@ class GemmProblem {
   GemmProblem(const GemmCase& c, uint64_t seed) : c_(c), w_(c.layout()), random_(seed) {
     const int64_t t = c.tokens, n = c.n, k = c.k, groups = w_.groups();
     std::uniform_real_distribution<float> uniform(-1, 1);
-    codes_.resize(n * ((k + 1) / 2));
+    codes_.resize(n * (c.bits == 8 ? k : (k + 1) / 2));
     for (auto& b : codes_) b = uint8_t(random_());
     scales_.resize(n * groups);
-    for (auto& s : scales_) s = float_to_half(uniform(random_) * 0.02f);
+    for (auto& s : scales_) s = float_to_half(uniform(random_) * (c.bits == 8 ? 0.002f : 0.02f));
     x_.resize(t * k);
     for (auto& v : x_) v = uniform(random_) * 2;
     gain_.resize(k);
@@ -220,12 +224,13 @@ class GemmProblem {
     for (int64_t i = 0; i < t; ++i)
       for (int64_t j = 0; j < k; ++j) x[i * k + j] = half_to_float(x_bits_[i * pitch + j]);
     const auto rows = [&](int64_t begin, int64_t step) {
-      std::vector<float> row(k);  // exact: (code - 8) * fp16 has 15 bits
+      std::vector<float> row(k);  // exact: (code - 8) * fp16 has 15 bits, int8 * fp16 19
       for (int64_t r = begin; r < n; r += step) {
         for (int64_t j = 0; j < k; ++j) {
-          const int code = codes_[r * ((k + 1) / 2) + j / 2] >> (j % 2 * 4) & 15;
-          row[j] = half_to_float(scales_[r * groups + j / c_.group]) *
-                   (float(code) - (c_.grid == Grid::kInt ? 8.f : 7.5f));
+          const float code = c_.bits == 8 ? float(int8_t(codes_[r * k + j]))
+                                          : float(codes_[r * ((k + 1) / 2) + j / 2] >> (j % 2 * 4) & 15) -
+                                                (c_.grid == Grid::kInt ? 8.f : 7.5f);
+          row[j] = half_to_float(scales_[r * groups + j / c_.group]) * code;
         }
         for (int64_t i = 0; i < t; ++i) {
           double sum = 0, magnitude = 0, ax = 0;

@@ -331,6 +331,58 @@ TEST_CASE("q4_gemm: what is not a number stays so, and with its token") {
     }
 }
 
+// Columns that are no whole tile, groups of one to all of them, rows of tokens below, at and beyond a tile's.
+TEST_CASE("q4_gemm: int8 against the definition") {
+  if (no_device()) return;
+  std::mt19937_64 rng(11);
+  for (int64_t k : {64, 328, 1024})
+    for (int64_t group : {int64_t(32), int64_t(128), k})
+      for (int64_t tokens : {9, 16, 17, 64, 70}) {
+        CAPTURE(k);
+        CAPTURE(group);
+        CAPTURE(tokens);
+        Q4Layout l = layout(150, k, group, RowMap::kPlain);
+        l.bits = 8;
+        const int64_t pitch = q4_gemm_pitch(k);
+        std::vector<uint8_t> codes(size_t(l.n * k)), packed(size_t(l.code_bytes()));
+        for (uint8_t& c : codes) c = uint8_t(rng());
+        std::vector<uint16_t> scales(size_t(l.n * l.groups())), packed_scales(size_t(l.scale_bytes() / 2));
+        for (uint16_t& v : scales) v = float_to_half((rng() % 2 ? 1 : -1) * 0.0005f * float(1 + rng() % 7));
+        q4_pack_cpu(l, {codes.data(), scales.data()}, packed.data(), packed_scales.data());
+        std::vector<uint16_t> x(size_t(tokens * pitch));
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t j = 0; j < k; ++j)
+            x[size_t(t * pitch + j)] = float_to_half(float(int64_t(rng() % 2001) - 1000) * 0.001f);
+        const Q4GemmConfig config = q4_gemm_config({tokens, l, device_facts().multiprocessors, true});
+        REQUIRE(config.kernel == Q4GemmKernel::kPortable);
+        DeviceGuarded<uint8_t> d_codes{std::span<const uint8_t>(packed)};
+        DeviceGuarded<uint16_t> d_scales{std::span<const uint16_t>(packed_scales)},
+            d_x{std::span<const uint16_t>(x)};
+        DeviceGuarded<float> y(tokens * l.n);
+        DeviceGuarded<std::byte> workspace{int64_t(config.workspace_bytes)};
+        cuda_check(cudaMemset(workspace.data(), 0, config.workspace_bytes), "workspace");
+        Q4GemmArgs a{};
+        a.x = d_x.data(), a.w = l, a.codes = d_codes.data(), a.scales = d_scales.data(), a.tokens = tokens;
+        a.output = Q4GemmOutput::kStore, a.y = y.data(), a.y_pitch = l.n, a.workspace = workspace.data();
+        q4_gemm_cuda(a, config, nullptr);
+        cuda_check(cudaDeviceSynchronize(), "a product");
+        const std::vector<float> got = y.get();
+        int64_t wrong = 0;
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t n = 0; n < l.n; ++n) {
+            double want = 0, magnitude = 0;
+            for (int64_t j = 0; j < k; ++j) {
+              const double v = double(half_to_float(scales[size_t(n * l.groups() + j / l.group)])) *
+                               int8_t(codes[size_t(n * k + j)]) * half_to_float(x[size_t(t * pitch + j)]);
+              want += v, magnitude += std::abs(v);
+            }
+            // Weights rounded to fp16, fp32 sums.
+            wrong += !(std::abs(got[size_t(t * l.n + n)] - want) <= magnitude * (0x1p-11 + 0x1p-14) + 1e-6);
+          }
+        CHECK(wrong == 0);
+      }
+}
+
 TEST_CASE("q4_gemm: what cannot be a chain") {
   if (no_device() || !device_facts().hopper) return;
   Weights w(layout(64, 64, 64, RowMap::kPlain), Grid::kInt);
