@@ -31,9 +31,10 @@ enum class Q4GemmKernel : uint8_t {
   kPortable,  // mma.sync
 };
 constexpr int kQ4GemmUnit = 128;  // columns of W: K is cut by units on sm_90a
-// Whether a unit has whole groups, or is in one: what the sm_90a kernels take.
+// Whether a unit is in one group; whether it is, or has whole groups: what the sm_90a kernels take.
+inline bool q4_gemm_one_group(const Q4Layout& w) { return w.group % kQ4GemmUnit == 0 || w.group >= w.k; }
 inline bool q4_gemm_simple_groups(const Q4Layout& w) {
-  return w.group == 32 || w.group == 64 || w.group % kQ4GemmUnit == 0 || w.group >= w.k;
+  return w.group == 32 || w.group == 64 || q4_gemm_one_group(w);
 }
 
 // How a product is cut. A block computes rows x columns of y^T.

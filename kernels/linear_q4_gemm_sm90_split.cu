@@ -318,8 +318,8 @@ void start(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
 
 template <int kRows, int kColumns>
 void start_narrow(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t stream) {
-  const bool one_group = a.w.group % kQ4GemmUnit == 0 || a.w.group >= a.w.k;  // a unit
-  one_group ? start<Tile<kRows, kColumns, true>>(a, c, stream) : start<Tile<kRows, kColumns>>(a, c, stream);
+  if (q4_gemm_one_group(a.w)) return start<Tile<kRows, kColumns, true>>(a, c, stream);
+  start<Tile<kRows, kColumns>>(a, c, stream);
 }
 
 }  // namespace
