@@ -151,8 +151,7 @@ inline std::vector<Q4GemmConfig> cuts(const Q4GemmShape& shape) {
   std::vector<Q4GemmConfig> all;
   const int64_t tokens = shape.tokens;
   for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
-    if (t.columns >= 2 * std::max<int64_t>(tokens, 32) || (t.columns * 2 < tokens && t.columns < 128) ||
-        (t.columns < 128 && tokens > 128))
+    if (t.columns >= 2 * std::max<int64_t>(tokens, 32) || (t.columns * 2 < tokens && t.columns < 128))
       continue;
     for (int splits = 1; splits <= (tokens > 128 ? 2 : kQ4GemmMostSplits); ++splits) {
       all.push_back(q4_gemm_config_split(shape, t, splits));
@@ -212,19 +211,25 @@ inline double time_gemm(int sms, bool sweep, const std::vector<int64_t>& counts)
     if (sweep) works.push_back(bench.layers(t, best, true));
     // Without a break a card at its power limit falls to its lasting clock.
     std::vector<double> lasting = bench.timer().alternate(works, 200000, 3);
-    // 32 layers, what one prompt or step takes, where nothing ran before.
-    std::vector<double> rested = bench.timer().alternate(works, 32 * std::max(45., flops / 5e8), 5, 100000);
+    // What one prompt or step takes where nothing ran before: a launch of so many layers each time.
+    constexpr int kModel = 32;
+    std::vector<std::function<void(cudaStream_t)>> models;
+    for (const auto& work : works)
+      models.push_back([work](cudaStream_t s) {
+        for (int l = 0; l < kModel; l += kLayers) work(s);
+      });
+    std::vector<double> rested = bench.timer().alternate(models, 0, 5, 100000);
     works.push_back(bench.layers(t, chosen, false));
     std::vector<double> us = bench.timer().alternate(works, t >= 2048 ? 20000 : 8000, 7);
     for (double& v : us) v /= kLayers;
     for (double& v : lasting) v /= kLayers;
-    for (double& v : rested) v /= kLayers;
+    for (double& v : rested) v /= kModel;
     std::printf(
         "M %5lld layer: %8.1f us %4.0f TFLOP/s (no PDL %.1f) | cuBLAS fp16 %.1f, ratio %.3f | 0.2 s at a "
         "time: %.1f, cuBLAS "
-        "%.1f, ratio %.3f | 32 layers after a rest: %.1f, cuBLAS %.1f, ratio %.3f\n",
+        "%.1f, ratio %.3f | %d layers after a rest: %.1f, cuBLAS %.1f, ratio %.3f\n",
         (long long)t, us[0], flops / us[0] * 1e-6, us.back(), us[1], us[1] / us[0], lasting[0], lasting[1],
-        lasting[1] / lasting[0], rested[0], rested[1], rested[1] / rested[0]);
+        lasting[1] / lasting[0], kModel, rested[0], rested[1], rested[1] / rested[0]);
     if (sweep)
       std::printf("M %5lld best of sweep: %.1f us, ratio %.3f | 0.2 s at a time: %.1f, ratio %.3f\n",
                   (long long)t, us[2], us[1] / us[2], lasting[2], lasting[1] / lasting[2]);
