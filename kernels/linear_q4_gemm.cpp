@@ -172,7 +172,7 @@ Q4GemmConfig q4_gemm_config(const Q4GemmShape& s) {
     consider(c, few_us(c));
   }
   for (const Q4GemmTile& t : kQ4GemmSplitTiles) {
-    // For few tokens, and so that up to 128 of them convert a weight once.
+    // Up to 128 tokens convert a weight once.
     if (s.tokens <= kQ4GemmFewTokens || (t.columns < 128 && t.columns < s.tokens)) continue;
     // Clusters of three blocks may be the best alone, but a layer with them took 10 to 20 us more than its
     // products: they wait for places beside each other that the product before leaves last.

@@ -1,6 +1,7 @@
-// The Hopper kernel of linear_q4_gemm.h for few tokens, where each weight is converted for few columns. The
-// blocks of a cluster compute one tile, each a part of K, and send their sums to the one that adds them. One
-// block a multiprocessor, of as many rows as give every block the same work.
+// The Hopper kernel of linear_q4_gemm.h for up to some hundred tokens, where whole tiles of the kernel for
+// many leave multiprocessors without work. The blocks of a cluster compute one tile, each a part of K, and
+// send their sums to the one that adds them. One block a multiprocessor at a time, of as many rows as give
+// every block the same work.
 #include "kernels/cuda_check.h"
 #include "kernels/linear_q4_gemm_sm90_split_sink.cuh"
 
