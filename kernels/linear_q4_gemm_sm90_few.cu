@@ -21,12 +21,12 @@ namespace {
 constexpr int kWeightWarp = kQ4FewMultiply + kQ4FewLoad, kPrepareWarp = kWeightWarp + 1,
               kThreads = (kPrepareWarp + 1) * 32;
 
-// Of a thread. Nothing may be spilled: all of L1 is shared memory, and a spill would go to L2.
-constexpr int kMultiplyRegisters = 104, kOtherRegisters = 80;
-
 #if Q4S_SM90A
 
 using namespace hopper;
+
+// Of a thread. Nothing may be spilled: all of L1 is shared memory, and a spill would go to L2.
+constexpr int kMultiplyRegisters = 104, kOtherRegisters = 80;
 
 // Sums of eight tokens go to one block of the cluster: [of source][way][row tile][lane] of 16 bytes.
 __device__ void multiply(const Q4FewShared& sh, const Q4FewParams& p, int warp) {

@@ -15,7 +15,6 @@ constexpr int kSumBarrierBytes = 128;
 template <int kRows, int kColumns, bool kScaleSums = false>
 using Tile = Q4Tile<kRows, kColumns, 1, kQ4UnitTiles, kSumBarrierBytes + int(sizeof(int2)) * kColumns,
                     kRows / 64, kScaleSums && kRows == 192, kScaleSums>;
-constexpr int kConsumerRegisters = 152, kOtherRegisters = 56;
 
 struct Params {
   Q4Operands operands;
@@ -28,6 +27,9 @@ struct Params {
 #if Q4S_SM90A
 
 using namespace hopper;
+
+// Of a thread, where some are moved.
+constexpr int kConsumerRegisters = 152, kOtherRegisters = 56;
 
 // Stages of one part of K of one tile. Blocks start at different places of their part: all at once, they
 // would ask the second cache for the same lines of activations.
