@@ -1,11 +1,8 @@
 // What the GEMM kernels do with sums: store, SiLU(gate)*up, or rotation and cache append. Rows r (lo) and r +
-// 8 (hi) of a 16-row tile meet here: that is how the row maps of q4_tiles.h pair values. Two forms: straight
-// from the accumulators of a warp (mma.sync), and four rows of one token at a time, in the order of memory
-// (sm_90a). Shared by linear_q4_gemm*.cu only.
+// 8 (hi) of a 16-row tile meet here: that is how the row maps of q4_tiles.h pair values. Straight
+// from the accumulators of a warp. Shared by linear_q4_gemm*.cu only.
 #pragma once
 #include <cuda_fp16.h>
-
-#include <cstring>
 
 #include "kernels/linear_q4_gemm.h"
 
@@ -119,132 +116,5 @@ __device__ inline void sink_tile(const Q4GemmSink& s, int n_tile, int token0, in
     }
   }
 }
-
-// Four neighbouring elements from i on, the first `count` of them.
-__device__ inline void sink_store4(void* p, bool half, int64_t i, int64_t count, float4 v) {
-  const float* f = &v.x;
-  if (half) {
-    __half* to = static_cast<__half*>(p) + i;
-    const __half h[4] = {saturated_half(v.x), saturated_half(v.y), saturated_half(v.z), saturated_half(v.w)};
-    if (count >= 4 && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-      uint2 bits;
-      memcpy(&bits, h, 8);
-      *reinterpret_cast<uint2*>(to) = bits;
-    } else {
-      for (int e = 0; e < 4 && e < count; ++e) to[e] = h[e];
-    }
-    return;
-  }
-  float* to = static_cast<float*>(p) + i;
-  if (count >= 4 && reinterpret_cast<uintptr_t>(to) % 16 == 0)
-    *reinterpret_cast<float4*>(to) = v;
-  else
-    for (int e = 0; e < 4 && e < count; ++e) to[e] = f[e];
-}
-
-// Where four rows of one token are: rows row.. of a packed matrix, and row + 8.. with them in the fused
-// outputs. token < 0: nowhere.
-struct Q4SinkPlace {
-  int row, token;
-};
-
-// One thread's share of an epilogue step: four places of kStore, or two of pairs. What it reads from memory
-// (residual; position and rotation) is fetched first, so that the latency passes while the sums arrive.
-class Q4SinkBatch {
- public:
-  // where(i) -> Q4SinkPlace
-  template <class Where>
-  __device__ void fetch(const Q4GemmSink& s, const Where& where) {
-    if (s.output == Q4GemmOutput::kStore) {
-      if (!s.residual) return;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Q4SinkPlace at = where(i);
-        ahead_[i] = make_float4(0, 0, 0, 0);
-        if (at.token < 0 || at.row >= s.n) continue;
-        const float* from = s.residual + int64_t(at.token) * s.n + at.row;
-        if (at.row + 4 <= s.n && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-          ahead_[i] = *reinterpret_cast<const float4*>(from);
-        } else {
-          ahead_[i].x = from[0];
-          if (at.row + 1 < s.n) ahead_[i].y = from[1];
-          if (at.row + 2 < s.n) ahead_[i].z = from[2];
-          if (at.row + 3 < s.n) ahead_[i].w = from[3];
-        }
-      }
-    } else if (s.output == Q4GemmOutput::kRopeKv) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Q4SinkPlace at = where(i);
-        if (at.token < 0 || at.row >= s.n) continue;
-        const int position = s.position[at.token];
-        cache_[i] = (s.sequence[at.token] * s.ctx + position) * (s.kv_heads * s.head_dim);
-        if (at.row >= s.rotated) continue;
-        const float4* turn =
-            reinterpret_cast<const float4*>(s.table + int64_t(position) * s.head_dim + pair(s, at.row) * 2);
-        ahead_[2 * i] = turn[0], ahead_[2 * i + 1] = turn[1];
-      }
-    }
-  }
-  // load(i, upper) -> float4 of rows row.. or row + 8..
-  template <class Where, class Load>
-  __device__ void finish(const Q4GemmSink& s, const Where& where, const Load& load) const {
-    if (s.output == Q4GemmOutput::kStore) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Q4SinkPlace at = where(i);
-        if (at.token < 0 || at.row >= s.n) continue;
-        float4 v = load(i, 0);
-        if (s.residual) v.x += ahead_[i].x, v.y += ahead_[i].y, v.z += ahead_[i].z, v.w += ahead_[i].w;
-        sink_store4(s.y, s.y_half, at.token * s.y_pitch + at.row, s.n - at.row, v);
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Q4SinkPlace at = where(i);
-      if (at.token < 0) continue;
-      if (s.output == Q4GemmOutput::kSwiglu) {
-        const int column = at.row / 16 * 8 + at.row % 16;
-        if (column >= s.n / 2) continue;
-        const float4 a = load(i, 0), b = load(i, 1);
-        sink_store4(s.y, s.y_half, at.token * s.y_pitch + column, s.n / 2 - column,
-                    make_float4(silu(a.x) * b.x, silu(a.y) * b.y, silu(a.z) * b.z, silu(a.w) * b.w));
-      } else if (at.row < s.n) {
-        rotate(s, at, i, load(i, 0), load(i, 1));
-      }
-    }
-  }
-
- private:
-  static __device__ int pair(const Q4GemmSink& s, int row) {
-    return (row % s.head_dim - row % 16) / 2 + row % 16;
-  }
-  __device__ void rotate(const Q4GemmSink& s, Q4SinkPlace at, int i, float4 a, float4 b) const {
-    if (at.row >= s.rotated) {
-      const int64_t to = cache_[i] + at.row - s.rotated;
-      sink_store4(s.v, s.kv_half, to, 4, a);
-      sink_store4(s.v, s.kv_half, to + 8, 4, b);
-      return;
-    }
-    const float4 t = ahead_[2 * i], u = ahead_[2 * i + 1];  // cos, sin, cos, sin
-    const float4 low = {a.x * t.x - b.x * t.y, a.y * t.z - b.y * t.w, a.z * u.x - b.z * u.y,
-                        a.w * u.z - b.w * u.w};
-    const float4 high = {a.x * t.y + b.x * t.x, a.y * t.w + b.y * t.z, a.z * u.y + b.z * u.x,
-                         a.w * u.w + b.w * u.z};
-    const int head = at.row / s.head_dim;
-    const bool query = head < s.heads;
-    void* to = query ? s.y : s.k;
-    const bool half = query ? s.y_half : s.kv_half;
-    const int64_t first =
-        (query ? at.token * s.y_pitch + head * s.head_dim : cache_[i] + (head - s.heads) * s.head_dim) +
-        pair(s, at.row);
-    sink_store4(to, half, first, 4, low);
-    sink_store4(to, half, first + s.head_dim / 2, 4, high);
-  }
-
-  float4 ahead_[4];
-  int64_t cache_[2];
-};
 
 }  // namespace q4s

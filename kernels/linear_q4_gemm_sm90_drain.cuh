@@ -2,7 +2,7 @@
 // warpgroup's sums become values in registers, pass through shared memory into the order of the output, and
 // leave in 16-byte stores.
 //   SiLU(gate) * up -> fp16, rotated q and k and plain v -> fp16, sum (+ residual) -> f32
-// What they do not take (other types, odd sizes) goes through Q4SinkBatch.
+// What they do not take (other types, odd sizes) goes through sink_tile().
 #pragma once
 #include "kernels/linear_q4_gemm_sm90_loop.cuh"
 

@@ -66,12 +66,6 @@ struct Q4Tile {
   static_assert(kStages * kStageTiles >= 4 && kBlocks * kRegs <= 128 && kStages * 16 <= kBarrierBytes);
 };
 
-// Sums pass through shared memory: 64 rows x some tokens in f32, a token's rows together, 76 floats a token,
-// and 8 of them between rows 31 and 32, so that neither a warp's accumulators nor four rows of one token, or
-// of 16 rows apart, meet in a bank.
-constexpr int kQ4TokenFloats = 76;
-constexpr int kQ4TokenBytes = kQ4TokenFloats * 4;
-
 #if Q4S_SM90A
 
 // Addresses of a block's shared memory.
@@ -341,14 +335,6 @@ struct Q4Consumer {
     for (int b = 0; b < T::kBlocks; ++b) hopper::wgmma_pin(acc[b]);
   }
 };
-
-__device__ inline int q4_row_offset(int row) { return row + row / 32 * 8; }
-
-// One warp's accumulators of 8 tokens: c[4] = (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
-__device__ inline void q4_stage_sums(float* tokens, int warp, int lane, const float* c) {
-  float* to = tokens + lane % 4 * 2 * kQ4TokenFloats + q4_row_offset(warp * 16) + lane / 4;
-  to[0] = c[0], to[kQ4TokenFloats] = c[1], to[8] = c[2], to[kQ4TokenFloats + 8] = c[3];
-}
 
 #endif  // Q4S_SM90A
 

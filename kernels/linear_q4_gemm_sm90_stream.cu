@@ -9,11 +9,9 @@ namespace q4s {
 namespace {
 
 constexpr int kFlagBytes = 4096;
-constexpr int kChunk = 32;  // tokens that pass through shared memory at a time
 
 template <int kRows, int kColumns, int kCluster>
 using Tile = Q4Tile<kRows, kColumns, kCluster, 1, kQ4Consumers*(kQ4DrainBytes + kColumns * 8)>;
-static_assert(kChunk * kQ4TokenBytes <= kQ4DrainBytes);
 
 struct Params {
   Q4GemmSink sink;
@@ -90,62 +88,35 @@ __device__ void publish_part(const Params& p, int v, int rank, const Q4Consumer<
   if (me.thread == 0) flag_set(p.flags + slot);
 }
 
-// Rows and tokens of a chunk as a thread of the warpgroup takes them: a token's rows lie along neighbouring
-// threads.
-struct ChunkPlaces {
-  const Q4GemmSink& s;
-  int thread, row0, token0;
-  __device__ int token(int i) const {
-    return s.output == Q4GemmOutput::kStore ? thread / 16 + 8 * i : thread / 8 + 16 * i;
-  }
-  __device__ int row() const {
-    return s.output == Q4GemmOutput::kStore ? thread % 16 * 4 : thread % 8 / 2 * 16 + thread % 2 * 4;
-  }
-  __device__ Q4SinkPlace operator()(int i) const {
-    const int t = token0 + token(i);
-    return {row0 + row(), t < s.tokens ? t : -1};
-  }
-};
-
-// A tile's sums to their place, kChunk tokens of 64 rows at a time.
+// What q4_drain_*() do not take, eight tokens at a time. Sums pass through shared memory for there to be one
+// copy of what follows: accumulators have fixed names.
 template <class T>
-__device__ void drain(const Q4GemmSink& s, float* buffer, int row0, int token0, int group, int thread,
-                      int warp, int lane, const float (&acc)[T::kBlocks][T::kRegs]) {
-  constexpr int kOfBlock = T::kColumns / kChunk, kChunks = T::kBlocks * kOfBlock;
-  Q4SinkBatch batch;
-  batch.fetch(s, ChunkPlaces{s, thread, row0, token0});
+__device__ void drain(const Q4GemmSink& s, const Q4DrainPlace& at, const float (&acc)[T::kBlocks][T::kRegs]) {
+  constexpr int kEights = T::kRegs / 4, kAtOnce = 4, kBytes = 128 * 16;  // of a warpgroup, eight tokens
+  static_assert(T::kBlocks == 1 && kAtOnce * kBytes <= kQ4DrainBytes);
+  const uint32_t mine = at.buffer + at.thread * 16;  // written and read by the same thread
 #pragma unroll 1
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    // Accumulators have fixed names: a branch each, but one copy of what follows.
+  for (int first = 0; first < kEights; first += kAtOnce) {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-      if (chunk == c)
-#pragma unroll
-        for (int j = 0; j < kChunk / 8; ++j)
-          q4_stage_sums(buffer + j * 8 * kQ4TokenFloats, warp, lane,
-                        &acc[c / kOfBlock][(c % kOfBlock * (kChunk / 8) + j) * 4]);
-    named_barrier(1 + group, 128);
-    const auto places = [&](int c) {
-      return ChunkPlaces{s, thread, row0 + c / kOfBlock * 64, token0 + c % kOfBlock * kChunk};
-    };
-    const ChunkPlaces here = places(chunk);
-    batch.finish(s, here, [&](int i, int upper) {
-      return *reinterpret_cast<const float4*>(buffer + here.token(i) * kQ4TokenFloats +
-                                              q4_row_offset(here.row()) + 8 * upper);
-    });
-    if (chunk + 1 < kChunks) batch.fetch(s, places(chunk + 1));
-    named_barrier(1 + group, 128);
+    for (int i = 0; i < kEights; ++i)
+      if (i / kAtOnce * kAtOnce == first)
+        store_shared(mine + i % kAtOnce * kBytes,
+                     make_float4(acc[0][4 * i], acc[0][4 * i + 1], acc[0][4 * i + 2], acc[0][4 * i + 3]));
+#pragma unroll 1
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint4 v = load_shared(mine + i * kBytes);
+      float c[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+      sink_tile(s, at.row0 / kQ4TileRows + int(at.warp), at.token0 + (first + i) * 8, int(at.lane), c);
+    }
   }
 }
 
 // A tile's sums to their place.
 template <class T>
-__device__ void finish_tile(const Params& p, const Q4DrainPlace& at, uint8_t* buffer,
+__device__ void finish_tile(const Params& p, const Q4DrainPlace& at,
                             const float (&acc)[T::kBlocks][T::kRegs]) {
   if (!p.drain) {
-    named_barrier(1 + at.group, 128);  // the buffer may serve the tile before
-    drain<T>(p.sink, reinterpret_cast<float*>(buffer), at.row0, at.token0, at.group, int(at.thread),
-             int(at.warp), int(at.lane), acc);
+    drain<T>(p.sink, at, acc);
   } else if (p.sink.output == Q4GemmOutput::kSwiglu) {
     q4_drain_swiglu<T>(p.sink, at, acc);
   } else if (p.sink.output == Q4GemmOutput::kStore) {
@@ -196,7 +167,7 @@ __device__ void consume(const Params& p, const Q4Shared<T>& sh, uint8_t* rest, i
       continue;
     }
     if (part.end < p.work.k_blocks) gather_parts<T>(p, schedule, part, v, rank, me, acc);
-    finish_tile<T>(p, at, buffer, acc);
+    finish_tile<T>(p, at, acc);
   }
 }
 
