@@ -43,8 +43,8 @@ struct Q4Fragment {
 struct Q8Fragment {
   __half2 scale[2];
 
-  __device__ void set(const __half* row, bool) {
-    scale[0] = __half2half2(row[0]), scale[1] = __half2half2(row[8]);
+  __device__ void set(__half low, __half high, bool) {
+    scale[0] = __half2half2(low), scale[1] = __half2half2(high);
   }
   __device__ void unpack(uint32_t low, uint32_t high, uint32_t (&a)[4]) const {
 #pragma unroll

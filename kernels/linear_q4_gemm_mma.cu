@@ -1,7 +1,7 @@
 // The portable kernel of linear_q4_gemm.h (sm_80 and up; any group that is a multiple of 32 or a whole row;
-// int4 and int8). mma.sync m16n8k16 with the weights as A, straight from global memory into registers one
-// k-tile ahead; activations through a ring of cp.async stages. K may be split over blocks: the last to arrive
-// at a tile sums the parts in the order of K.
+// int4 and int8). mma.sync m16n8k16 with the weights as A; activations and weights through a ring of cp.async
+// stages, weights copied by the lanes that use them. K may be split over blocks: the last to arrive at a tile
+// sums the parts in the order of K.
 #include <type_traits>
 
 #include "kernels/cuda_check.h"
@@ -32,8 +32,13 @@ struct Params {
 };
 
 template <int kColumns, int kBits>
+constexpr int kStageBytes = kColumns * 128 + kRows* kQ4TileCols* kBits / 8;
+
+template <int kColumns, int kBits>
 __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_constant__ Params p) {
-  constexpr int kStageBytes = kColumns * 128;  // (columns, 64) halves, 16-byte pieces swizzled by column % 8
+  // A stage: (columns, 64) halves, 16-byte pieces swizzled by column % 8, then tiles of codes as they are in
+  // memory.
+  constexpr int kStage = kStageBytes<kColumns, kBits>, kParts = kBits / 4;  // of 512 bytes, of a tile
   constexpr int kRegs = kColumns / 2;
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t base = shared_address(shared);
@@ -45,59 +50,77 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
   const int end = int(int64_t(p.k_tiles) * (split + 1) / p.splits);
   pdl_wait();
 
+  const uint32_t codes =
+      base + kColumns * 128 + (warp * kTilesPerWarp * kParts * 32 + lane) * 16;  // of this lane
   const auto fetch = [&](int kt) {  // one commit group, empty beyond the end
-    if (kt < end)
+    const uint32_t stage = kt % kStages * kStage;
+    if (kt < end) {
       for (int i = threadIdx.x; i < kColumns * 8; i += kThreads) {
         const int column = i / 8, piece = i % 8, token = token0 + column;
         const bool valid = token < p.sink.tokens;
-        copy_or_zero(base + kt % kStages * kStageBytes + column * 128 + (piece ^ column % 8) * 16,
+        copy_or_zero(base + stage + column * 128 + (piece ^ column % 8) * 16,
                      p.x + (valid ? token : 0) * p.pitch + kt * kQ4TileCols + piece * 8, valid);
       }
+#pragma unroll
+      for (int i = 0; i < kTilesPerWarp * kParts; ++i) {
+        const int tile = tile0 + i / kParts;
+        const bool valid = tile < p.n_tiles;
+        const int64_t at = (int64_t(valid ? tile : 0) * p.k_tiles + kt) * kParts + i % kParts;
+        copy_or_zero(codes + stage + i * kQ4TileBytes, p.codes + at * kQ4TileBytes + lane * 16, valid);
+      }
+    }
     copy_commit();
   };
-  constexpr int kParts = kBits / 4;  // of 512 bytes, of a tile
-  const auto load_codes = [&](int kt, uint4(&w)[kTilesPerWarp][kParts]) {
-    for (int i = 0; i < kTilesPerWarp; ++i) {
-      const bool valid = kt < end && tile0 + i < p.n_tiles;
-      const uint8_t* from =
-          p.codes + (int64_t(tile0 + i) * p.k_tiles + kt) * (kQ4TileBytes * kParts) + lane * 16;
-      for (int part = 0; part < kParts; ++part)
-        w[i][part] = valid ? __ldg(reinterpret_cast<const uint4*>(from + part * kQ4TileBytes))
-                           : make_uint4(0, 0, 0, 0);
+
+  // Of rows g and g + 8, for the two halves of a tile of K: a group may have 32 columns. A tile ahead.
+  __half scales[kTilesPerWarp][2][2];
+  const auto load_scales = [&](int kt) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int group = min((kt * kQ4TileCols + half * 32) / p.group, p.groups - 1);
+#pragma unroll
+      for (int i = 0; i < kTilesPerWarp; ++i) {
+        const __half* const from =
+            p.scales + (int64_t(min(tile0 + i, p.n_tiles - 1)) * p.groups + group) * 16 + g;
+        scales[i][half][0] = __ldg(from), scales[i][half][1] = __ldg(from + 8);
+      }
     }
   };
 
   float acc[kTilesPerWarp][kColumns / 8][4] = {};
-  uint4 codes[kTilesPerWarp][kParts], next[kTilesPerWarp][kParts];
-  load_codes(begin, codes);
+  load_scales(begin);
   for (int s = 0; s < kStages - 1; ++s) fetch(begin + s);
   for (int kt = begin; kt < end; ++kt) {
     copy_wait<kStages - 2>();
     __syncthreads();  // the stage is visible to all, and all are done with the one about to be overwritten
     fetch(kt + kStages - 1);
-    load_codes(kt + 1, next);
+    const uint32_t stage = kt % kStages * kStage;
+    std::conditional_t<kBits == 4, Q4Fragment, Q8Fragment> f[kTilesPerWarp][2];
+#pragma unroll
+    for (int i = 0; i < kTilesPerWarp * 2; ++i)
+      f[i / 2][i % 2].set(scales[i / 2][i % 2][0], scales[i / 2][i % 2][1], p.half_grid);
+    load_scales(kt + 1);
+    uint4 v[kTilesPerWarp][kParts];
+#pragma unroll
+    for (int i = 0; i < kTilesPerWarp * kParts; ++i)
+      v[i / kParts][i % kParts] = load_shared_16(codes + stage + i * kQ4TileBytes);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t a[kTilesPerWarp][4];
-      const int column = kt * kQ4TileCols + j * 16, group = min(column / p.group, p.groups - 1);
 #pragma unroll
       for (int i = 0; i < kTilesPerWarp; ++i) {
-        std::conditional_t<kBits == 4, Q4Fragment, Q8Fragment> f;
-        const int n_tile = min(tile0 + i, p.n_tiles - 1);
-        f.set(p.scales + (int64_t(n_tile) * p.groups + group) * 16 + g, p.half_grid);
-        const uint4& v = codes[i][j / 2 % kParts];
+        const uint4& w = v[i][j / 2 % kParts];
         if constexpr (kBits == 4)
-          f.unpack(j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w, a[i]);
+          f[i][j / 2].unpack(j == 0 ? w.x : j == 1 ? w.y : j == 2 ? w.z : w.w, a[i]);
         else
-          f.unpack(j % 2 ? v.z : v.x, j % 2 ? v.w : v.y, a[i]);
+          f[i][j / 2].unpack(j % 2 ? w.z : w.x, j % 2 ? w.w : w.y, a[i]);
       }
 #pragma unroll
       for (int c = 0; c < kColumns; c += 16) {
         // Four 8x8 blocks: columns c.. and c+8.., each with k 0-7 and 8-15 of this step.
         const int column_in = c + lane / 16 * 8 + lane % 8, piece = 2 * j + lane / 8 % 2;
         uint32_t b[4];
-        load_matrices<false>(
-            b, base + kt % kStages * kStageBytes + column_in * 128 + (piece ^ column_in % 8) * 16);
+        load_matrices<false>(b, base + stage + column_in * 128 + (piece ^ column_in % 8) * 16);
 #pragma unroll
         for (int i = 0; i < kTilesPerWarp; ++i) {
           mma_16816(acc[i][c / 8], a[i], b[0], b[1]);
@@ -105,10 +128,6 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kTilesPerWarp; ++i)
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) codes[i][part] = next[i][part];
   }
 
   if (p.splits > 1) {
@@ -144,11 +163,11 @@ __global__ void __launch_bounds__(kThreads) q4_gemm_mma_kernel(const __grid_cons
   }
 }
 
-template <int kColumns>
-void start(const Params& p, const Q4GemmConfig& c, const Q4GemmArgs& a, cudaStream_t stream) {
+template <int kColumns, int kBits>
+void start(const Params& p, const Q4GemmConfig& c, bool pdl, cudaStream_t stream) {
   const dim3 grid(unsigned(c.row_blocks), unsigned(c.column_blocks), unsigned(c.splits));
-  launch("q4_gemm_mma", a.w.bits == 4 ? q4_gemm_mma_kernel<kColumns, 4> : q4_gemm_mma_kernel<kColumns, 8>,
-         grid, kThreads, kStages * kColumns * 128, 1, a.pdl, stream, p);
+  launch("q4_gemm_mma", q4_gemm_mma_kernel<kColumns, kBits>, grid, kThreads,
+         kStages * kStageBytes<kColumns, kBits>, 1, pdl, stream, p);
 }
 
 }  // namespace
@@ -166,10 +185,11 @@ void q4_gemm_mma_cuda(const Q4GemmArgs& a, const Q4GemmConfig& c, cudaStream_t s
   p.half_grid = a.grid == Grid::kHalf;
   p.arrived = reinterpret_cast<int*>(a.workspace);
   p.partial = reinterpret_cast<float*>(a.workspace + kCounterBytes);
-  if (c.columns == 16)
-    start<16>(p, c, a, stream);
+  const bool wide = c.columns != 16;
+  if (a.w.bits == 4)
+    wide ? start<64, 4>(p, c, a.pdl, stream) : start<16, 4>(p, c, a.pdl, stream);
   else
-    start<64>(p, c, a, stream);
+    wide ? start<64, 8>(p, c, a.pdl, stream) : start<16, 8>(p, c, a.pdl, stream);
 }
 
 }  // namespace q4s
