@@ -84,7 +84,7 @@ class Exchange {
   static __device__ void init(const Q4Shared<T>& sh, int warp, int splits) {
     barrier_init(landed(sh, warp), 1);
     if (warp == 0) barrier_init(open(sh), splits);
-    if (warp == 1) barrier_init(known(sh), T::kColumns / 32);
+    if (warp == 1) barrier_init(known(sh), T::kColumns);
   }
   // The stages after the last one that a block uses, in the order of the ring, hold none of its last units.
   static __device__ int stage(int units, int group) { return (units + group) % T::kStages; }
@@ -189,8 +189,7 @@ __device__ void note_places(const Q4GemmSink& s, const Q4Shared<T>& sh, int toke
     place.y = int(s.sequence[token] * s.ctx) + place.x;
   }
   store_shared(Exchange<T>::place(sh, int(threadIdx.x)), place);
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(Exchange<T>::known(sh));
+  barrier_arrive(Exchange<T>::known(sh));  // every lane for what it wrote
 }
 
 // A warp's rows of the tokens that its block adds to their place. What comes with the sums is asked for
