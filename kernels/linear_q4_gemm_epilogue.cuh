@@ -1,6 +1,6 @@
 // What the GEMM kernels do with sums: store, SiLU(gate)*up, or rotation and cache append. Rows r (lo) and r +
-// 8 (hi) of a 16-row tile meet here: that is how the row maps of q4_tiles.h pair values. Straight
-// from the accumulators of a warp. Shared by linear_q4_gemm*.cu only.
+// 8 (hi) of a 16-row tile meet here: that is how the row maps of q4_tiles.h pair values, as they lie in
+// the accumulators of a warp. Shared by linear_q4_gemm*.cu only.
 #pragma once
 #include <cuda_fp16.h>
 
